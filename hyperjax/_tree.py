@@ -1,0 +1,94 @@
+"""Linear algebra on pytrees, and the little else that JAX leaves out."""
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+
+from ._types import PyTree, Scalar
+
+
+def dot(a: PyTree, b: PyTree) -> Scalar:
+    """The inner product over all leaves, in each leaf's own precision."""
+    products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
+    return functools.reduce(operator.add, jax.tree.leaves(products))
+
+
+def norm(a: PyTree) -> Scalar:
+    """The 2-norm over all leaves, safe from overflow: leaves are scaled by the largest entry."""
+    largest = functools.reduce(
+        jnp.maximum, [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(a)]
+    )
+    unit = jnp.where(largest > 0, largest, 1)
+    scaled = jax.tree.map(lambda x: x / unit.astype(x.dtype), a)
+    return unit * jnp.sqrt(dot(scaled, scaled))
+
+
+def axpy(scale: Scalar, x: PyTree, y: PyTree) -> PyTree:
+    """`scale * x + y`, leaf by leaf, in the type of `y`."""
+    return jax.tree.map(lambda u, v: (scale * u + v).astype(v.dtype), x, y)
+
+
+def scale(factor: Scalar, x: PyTree) -> PyTree:
+    return jax.tree.map(lambda u: (factor * u).astype(u.dtype), x)
+
+
+def sub(a: PyTree, b: PyTree) -> PyTree:
+    return jax.tree.map(operator.sub, a, b)
+
+
+def zeros_like(a: PyTree) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, a)
+
+
+def where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
+    """Leaves of `a` where the condition holds, of `b` elsewhere.
+
+    The condition is a scalar, or [P] to choose row by row among leaves [P, ...].
+    """
+    rank = jnp.ndim(condition)
+
+    def choose(x, y):
+        shape = jnp.shape(condition) + (1,) * (jnp.ndim(x) - rank)
+        return jnp.where(jnp.reshape(condition, shape), x, y)
+
+    return jax.tree.map(choose, a, b)
+
+
+def all_finite(a: PyTree) -> jax.Array:
+    """Whether every entry of every inexact leaf is finite; True without such leaves."""
+    flags = [
+        jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(a) if jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
+    return functools.reduce(jnp.logical_and, flags, jnp.asarray(True))
+
+
+def strong(a: PyTree) -> PyTree:
+    """Every leaf as an array of a strong type.
+
+    A weakly typed leaf (`jnp.full((), 0.1)`) changes type on its first way through a step, and
+    `lax.scan` then refuses the carry; so carries are made strong where they are born.
+    """
+
+    def one(x):
+        x = jnp.asarray(x)
+        # `asarray` with a dtype drops weakness; key arrays have no weak type and stay as they are.
+        return x if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else x.astype(x.dtype)
+
+    return jax.tree.map(one, a)
+
+
+def last(batches: PyTree) -> PyTree:
+    """The final entry along the leading axis of every leaf."""
+    return jax.tree.map(lambda x: x[-1], batches)
+
+
+def take(tree: PyTree, index: jax.Array) -> PyTree:
+    """Rows `index` of every leaf: [P, ...] and [Q] to [Q, ...]."""
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def size(a: PyTree) -> int:
+    """The number of entries over all leaves."""
+    return sum(x.size for x in jax.tree.leaves(a))

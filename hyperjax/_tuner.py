@@ -1,0 +1,85 @@
+"""The outer loop: hyperparameters that follow their hypergradients."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from . import _checks, _tree
+from ._types import (
+    Carry,
+    Estimator,
+    HParams,
+    Params,
+    PyTree,
+    Scalar,
+    Split,
+    State,
+    Tuner,
+)
+
+
+class TunerState(NamedTuple):
+    hparams: HParams
+    opt_state: PyTree
+    carry: Carry
+
+
+class Metrics(NamedTuple):
+    """One outer step, for the eye."""
+
+    value: Scalar  # the score reached with `hparams`
+    hparams: HParams  # in force during the step
+    grad_norm: Scalar
+    finite: jax.Array  # False: the score or the hypergradient was not, and hparams stayed put
+    info: PyTree  # Estimate.info
+
+
+def tune(estimator: Estimator, optimizer: optax.GradientTransformation) -> Tuner:
+    """A tuner that takes one step of `optimizer` per estimate.
+
+    `init(params, hparams) -> TunerState`; `step(state, split) -> (TunerState, Metrics)`. A
+    hypergradient or score that is not finite moves nothing and is reported in `Metrics.finite`.
+
+    Raises TypeError if a leaf of hparams is not floating point.
+    """
+
+    def init(params: Params, hparams: HParams) -> TunerState:
+        _checks.differentiable("tune", "hparams", hparams)
+        hparams = _tree.strong(hparams)
+        return TunerState(
+            hparams,
+            _tree.strong(optimizer.init(hparams)),
+            estimator.init(params, hparams),
+        )
+
+    def step(state: TunerState, split: Split) -> tuple[TunerState, Metrics]:
+        estimate, carry = estimator.estimate(state.hparams, state.carry, split)
+        _checks.same_tree("tune", "Estimate.grad", estimate.grad, "hparams", state.hparams)
+        finite = jnp.isfinite(estimate.value) & _tree.all_finite(estimate.grad)
+        updates, opt_state = optimizer.update(estimate.grad, state.opt_state, state.hparams)
+        moved = optax.apply_updates(state.hparams, updates), opt_state
+        hparams, opt_state = _tree.where(finite, moved, (state.hparams, state.opt_state))
+        metrics = Metrics(
+            value=estimate.value,
+            hparams=state.hparams,
+            grad_norm=_tree.norm(estimate.grad),
+            finite=finite,
+            info=estimate.info,
+        )
+        return TunerState(hparams, opt_state, carry), metrics
+
+    return Tuner(init, step)
+
+
+def run(tuner: Tuner, state: State, splits: Split) -> tuple[State, PyTree]:
+    """`tuner.step` over the leading axis of `splits`, in one `lax.scan`.
+
+    Leaves of splits.train are [outer steps, inner steps, ...], of splits.valid [outer steps, ...].
+    Returns the final state and the metrics, [outer steps, ...]. Raises ValueError at trace time if
+    the leading axes differ.
+    """
+    _checks.count_steps("run", splits)
+    return lax.scan(tuner.step, state, splits)

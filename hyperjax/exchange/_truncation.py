@@ -1,0 +1,52 @@
+"""Truncation selection (population based training, Jaderberg et al. 2017, arXiv 1711.09846)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from .. import _checks
+from .._types import Exchange
+from ._replace import (
+    Clock,
+    Events,
+    Explore,
+    clock,
+    random_finite,
+    rank,
+    replace,
+    when_due,
+)
+
+
+def truncation(fraction: float, explore: Explore, *, every: int = 1) -> Exchange:
+    """The worst `fraction` copy everything from a random one of the best `fraction`, and explore.
+
+    Args:
+      fraction: in (0, 0.5]; of P members, floor(fraction P) are replaced.
+      explore: (key, hparams) -> hparams, applied to copies only.
+      every: outer steps between exchanges. Diverged members are reseeded at every step, from any
+        member that has not diverged.
+
+    Members are tuner states with a field `hparams`. Raises ValueError for a fraction outside its
+    range.
+    """
+    if not 0 < fraction <= 0.5:
+        raise ValueError(f"truncation: `fraction` must be in (0, 0.5]; got {fraction!r}.")
+    _checks.is_callable("truncation", "explore", explore)
+    _checks.positive_int("truncation", "every", every)
+
+    def apply(key, state, members, score):
+        size = score.shape[0]
+        count = math.floor(fraction * size)
+        choose, reseed, mutate = jax.random.split(key, 3)
+        ranks = rank(score)
+        own = jnp.arange(size)
+        best = jnp.argsort(ranks)[jax.random.randint(choose, (size,), 0, max(count, 1))]
+        parents = jnp.where(ranks >= size - count, best, own)
+        parents = jnp.where(jnp.isfinite(score), parents, random_finite(reseed, score, (size,)))
+        parents = when_due(state, every, score, parents)
+        members = replace(mutate, members, parents, explore)
+        return members, Clock(state.count + 1), Events(parents, ~jnp.isfinite(score))
+
+    return Exchange(clock, apply)
