@@ -54,7 +54,8 @@ class ImplicitResponse(NamedTuple):
         The products with the Hessian are taken reverse over reverse, so that operations with only
         a `custom_vjp` are allowed in the loss.
         """
-        params, carry = self._train(hparams, carry, batches)
+        # Not `_train`: an estimate that is differentiated again must know that params move.
+        params, carry = self(hparams, carry, batches)
 
         def pullback(cotangent: Params) -> tuple[HParams, AdjointInfo]:
             return root_vjp(
