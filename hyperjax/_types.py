@@ -36,7 +36,7 @@ class Split(NamedTuple):
 class SolveInfo(NamedTuple):
     """How a linear solve went."""
 
-    iterations: jax.Array  # int32 scalar: products with the matrix, the first residual's included
+    iterations: jax.Array  # int32 scalar: products with the matrix, the last residual's left out
     residual: jax.Array  # |b - A x| / |b| of the returned x, in the 2-norm
     curvature: jax.Array  # smallest p'Ap / p'p met; inf if no direction was looked at
 
