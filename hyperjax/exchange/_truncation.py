@@ -38,7 +38,7 @@ def truncation(fraction: float, explore: Explore, *, every: int = 1) -> Exchange
 
     def apply(key, state, members, score):
         size = score.shape[0]
-        count = math.floor(fraction * size)
+        count = math.floor(fraction * size + 1e-6)  # 0.29 * 100 is 28.999999999999996
         choose, reseed, mutate = jax.random.split(key, 3)
         ranks = rank(score)
         own = jnp.arange(size)
