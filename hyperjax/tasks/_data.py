@@ -1,0 +1,172 @@
+"""Files of public data sets: which are known, where they lie, and whether they are intact."""
+
+import gzip
+import hashlib
+import os
+import zlib
+from importlib import resources
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+VARIABLE = "HYPERJAX_DATA"
+
+
+class DataError(OSError):
+    """A data file is missing or damaged. The message is one line and says how to mend it."""
+
+
+class DataFile(NamedTuple):
+    """A file of a public data set.
+
+    `size` and `sha256` describe the content: for a path that ends in `.gz`, the unpacked bytes,
+    since packing anew changes a file but not what it says.
+    """
+
+    name: str
+    path: str  # below the data folder, with forward slashes
+    size: int
+    sha256: str
+    origin: str
+    licence: str
+
+
+class DataStatus(NamedTuple):
+    """A known file and what was found of it."""
+
+    file: DataFile
+    state: Literal["embedded", "ready", "missing", "damaged"]
+    where: str  # the path looked at; empty without a data folder
+
+
+_MNIST = ("MNIST, Y. LeCun and C. Cortes, http://yann.lecun.com/exdb/mnist/", "CC BY-SA 3.0")
+
+DIGITS = DataFile(
+    "digits",
+    "digits.npz",
+    45_394,
+    "b2dab7b501728c22e9119ad76740b2e17c77a231e42d1e592380d90886f1a05e",
+    "UCI Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, 1998",
+    "CC BY 4.0",
+)
+A9A = DataFile(
+    "a9a",
+    "a9a/a9a.npz",
+    240_648,
+    "ba877b00fbdadccc029a66cef899333dd228cbaa10b73c534cb82c6e194393e0",
+    "a9a and a9a.t of the LIBSVM data collection, from UCI Adult, packed by numpy.packbits",
+    "CC BY 4.0",
+)
+MNIST_TRAIN_IMAGES = DataFile(
+    "mnist-train-images",
+    "mnist/train-images-idx3-ubyte.gz",
+    47_040_016,
+    "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    *_MNIST,
+)
+MNIST_TRAIN_LABELS = DataFile(
+    "mnist-train-labels",
+    "mnist/train-labels-idx1-ubyte.gz",
+    60_008,
+    "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    *_MNIST,
+)
+MNIST_TEST_IMAGES = DataFile(
+    "mnist-test-images",
+    "mnist/t10k-images-idx3-ubyte.gz",
+    7_840_016,
+    "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    *_MNIST,
+)
+MNIST_TEST_LABELS = DataFile(
+    "mnist-test-labels",
+    "mnist/t10k-labels-idx1-ubyte.gz",
+    10_008,
+    "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    *_MNIST,
+)
+_OUTSIDE = (A9A, MNIST_TRAIN_IMAGES, MNIST_TRAIN_LABELS, MNIST_TEST_IMAGES, MNIST_TEST_LABELS)
+
+
+def find(file: DataFile, data_dir: str | Path | None = None) -> Path:
+    """Where an intact copy of `file` lies: below `data_dir`, or below $HYPERJAX_DATA.
+
+    Raises DataError if no folder is known, the file is missing, or its content is another one.
+    """
+    path = _locate(file, data_dir)
+    _intact(file, path)
+    return path
+
+
+def read(file: DataFile, data_dir: str | Path | None = None) -> bytes:
+    """The content of `file`, unpacked and compared with its checksum. Raises like `find`."""
+    return _intact(file, _locate(file, data_dir))
+
+
+def embedded(file: DataFile) -> bytes:
+    """The content of a file that comes with the package. Raises DataError if it is damaged."""
+    resource = resources.files("hyperjax.tasks").joinpath("data", file.path)
+    with resources.as_file(resource) as path:
+        return _intact(file, path)
+
+
+def catalogue(data_dir: str | Path | None = None) -> tuple[DataStatus, ...]:
+    """Every file that a task of this package reads, and its state. Raises nothing.
+
+    Contents are unpacked and compared with their checksums, half a second for all.
+    """
+    statuses = [DataStatus(DIGITS, "embedded", "in the package")]
+    root = _root(data_dir)
+    for file in _OUTSIDE:
+        path = root / file.path if root else None
+        if path is None or not path.is_file():
+            statuses.append(DataStatus(file, "missing", str(path or "")))
+            continue
+        try:
+            _intact(file, path)
+            statuses.append(DataStatus(file, "ready", str(path)))
+        except DataError:
+            statuses.append(DataStatus(file, "damaged", str(path)))
+    return tuple(statuses)
+
+
+def _root(data_dir: str | Path | None) -> Path | None:
+    chosen = data_dir or os.environ.get(VARIABLE)
+    return Path(chosen).expanduser() if chosen else None
+
+
+def _locate(file: DataFile, data_dir: str | Path | None) -> Path:
+    root = _root(data_dir)
+    packing = " unpacked" if file.path.endswith(".gz") else ""
+    facts = (
+        f"{file.size:,} bytes{packing}, sha256 {file.sha256}{' of that' if packing else ''}; "
+        f"origin: {file.origin}; licence: {file.licence}"
+    )
+    if root is None:
+        raise DataError(
+            f"{file.name}: no data folder is known; pass `--data-dir DIR` (data_dir=DIR in Python) "
+            f"or set {VARIABLE}, with DIR/{file.path} in it ({facts})."
+        )
+    path = root / file.path
+    if not path.is_file():
+        raise DataError(
+            f"{file.name}: {path} does not exist ({facts}); put it there, or name another folder "
+            f"by `--data-dir DIR` (data_dir=DIR in Python) or {VARIABLE}."
+        )
+    return path
+
+
+def _intact(file: DataFile, path: Path) -> bytes:
+    content, fault = b"", ""
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        fault = f" ({error})"
+    found = hashlib.sha256(content).hexdigest()
+    if found != file.sha256:
+        raise DataError(
+            f"{file.name}: {path} is not the expected file{fault}: {len(content):,} bytes with "
+            f"sha256 {found}, expected {file.size:,} bytes with sha256 {file.sha256}; "
+            f"get it again, origin: {file.origin}."
+        )
+    return content
