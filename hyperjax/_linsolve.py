@@ -153,9 +153,10 @@ def linear_solve(solve: LinearSolve, matvec: MatVec, b: Params) -> tuple[Params,
     # brings the type back.
     vary = lambda tree: jax.tree.map(lambda v: lax.pcast(v, axes, to="varying"), tree)
     join = lambda tree: jax.tree.map(lambda v: lax.pmean(v, axes), tree)
-    x, info = lax.custom_linear_solve(
-        lambda v: vary(matvec(join(v))), vary(b), run, transpose_solve=run, has_aux=True
-    )
+    # The jit keeps the product in one piece with types of its own: when it is lowered, everything
+    # that it closes over is said to vary.
+    product = jax.jit(lambda v: vary(matvec(join(v))))
+    x, info = lax.custom_linear_solve(product, vary(b), run, transpose_solve=run, has_aux=True)
     agree = jax.tree.map(lambda v: lax.pmax(lax.stop_gradient(v), axes), info)
     return join(x), agree
 
