@@ -24,7 +24,7 @@ LAYERS = (
     ("_types",),
     ("_tree",),
     ("_checks",),
-    ("_space", "_inner", "_linsolve", "_treeverse", "_optim"),
+    ("_space", "_inner", "_linsolve", "_treeverse", "_optim", "_hypernet"),
     ("_unroll", "_implicit", "_best_response"),
     ("_estimators",),
     ("_tuner",),
