@@ -1,6 +1,7 @@
 """Implicit differentiation: the derivative of a solution, without that of the solver."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -30,7 +31,8 @@ class AdjointInfo(NamedTuple):
     stationarity: Scalar  # |optimality(params)|, 2-norm: the derivative assumes that it is zero
 
 
-class ImplicitResponse(NamedTuple):
+@dataclass(frozen=True)  # jit holds what it compiles by a weak reference, which tuples refuse
+class ImplicitResponse:
     """See `implicit`. A response by `__call__`; `vjp` adds the report of the adjoint solve."""
 
     response: Response
