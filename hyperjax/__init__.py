@@ -5,6 +5,9 @@ from ._best_response import best_response as best_response
 from ._estimators import hypergradient as hypergradient
 from ._estimators import restart as restart
 from ._estimators import score_only as score_only
+from ._hypernet import GatedLeaf as GatedLeaf
+from ._hypernet import Hypernet as Hypernet
+from ._hypernet import gated as gated
 from ._implicit import AdjointInfo as AdjointInfo
 from ._implicit import ImplicitResponse as ImplicitResponse
 from ._implicit import implicit as implicit

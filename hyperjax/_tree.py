@@ -92,3 +92,24 @@ def take(tree: PyTree, index: jax.Array) -> PyTree:
 def size(a: PyTree) -> int:
     """The number of entries over all leaves."""
     return sum(x.size for x in jax.tree.leaves(a))
+
+
+def vary_like(tree: PyTree, like: PyTree) -> PyTree:
+    """`tree`, typed inside shard_map as varying over every mesh axis that `like` varies over.
+
+    A carry that is replicated at first cannot enter a scan whose step makes it vary. Outside
+    shard_map this is the identity.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(like)))
+
+    def one(x):
+        missing = tuple(sorted(axes - _varying(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree)
+
+
+def _varying(x) -> frozenset[str]:
+    return frozenset(jax.typeof(x).manual_axis_type.varying)

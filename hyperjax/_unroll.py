@@ -46,6 +46,7 @@ def unroll(
 
     def respond(hparams: HParams, carry: State, batches: Batches) -> tuple[Params, State]:
         steps = _checks.count_steps("unroll", batches)
+        carry = _tree.vary_like(carry, hparams)  # what is trained depends on them
         if truncate is not None:
             carry, batches = _skip(step, carry, hparams, batches, steps, truncate)
             steps = truncate

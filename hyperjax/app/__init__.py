@@ -1,0 +1,3 @@
+"""Files, clock, terminal: the `hyperjax` command and all that is not pure."""
+
+from ._cli import main as main

@@ -1,0 +1,198 @@
+"""The `hyperjax` command."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from ._errors import AppError
+from ._output import Output
+from ._settings import EXCHANGES, METHODS, Settings, make_settings
+
+DONE, BAD_INPUT, INTERRUPTED = 0, 2, 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. 0: done; 1: `check` found a fault; 2: bad input; 3: stopped, resumable."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    out = Output(as_json=args.json)
+    _prepare_jax(args)
+    try:
+        return args.run(args, out)
+    except AppError as error:
+        if args.debug:
+            raise
+        print(f"hyperjax: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("hyperjax: stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `hyperjax ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def _prepare_jax(args: argparse.Namespace) -> None:
+    """One CPU device per core, and compiled programs kept between runs; before JAX starts."""
+    import jax
+
+    if "JAX_NUM_CPU_DEVICES" not in os.environ and "XLA_FLAGS" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "hyperjax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _tune(args: argparse.Namespace, out: Output) -> int:
+    from ._folder import create
+
+    given = {
+        name: getattr(args, name)
+        for name in ("task", "method", "members", "seeds", "seed", "exchange", "data_dir")
+        if getattr(args, name) is not None
+    }
+    settings = make_settings(given, args.set)
+    from ._study import load_task, members_mesh
+
+    load_task(settings)  # a wrong name or missing data is said before a folder is made
+    members_mesh(settings)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = f"{settings.task.replace(':', '.')}-{settings.method}-{stamp}"
+    path = Path(args.out) if args.out else Path("runs") / name
+    folder = create(path, settings, "tune")
+    out.line(f"run folder: {path}")
+    return _carry_on(folder, settings, out)
+
+
+def _resume(args: argparse.Namespace, out: Output) -> int:
+    from ._folder import open_run
+
+    folder, settings = open_run(args.folder)
+    return _carry_on(folder, settings, out)
+
+
+def _carry_on(folder, settings: Settings, out: Output) -> int:
+    from ._signals import Interrupted, stop_on_signals
+    from ._study import run_study
+
+    with stop_on_signals() as stop:
+        try:
+            run_study(folder, settings, out, stop)
+        except Interrupted:
+            folder.event("interrupt", settings.updates)
+            out.warn(f"stopped; continue with `hyperjax resume {folder.path}`")
+            return INTERRUPTED
+    return DONE
+
+
+def _replay(args: argparse.Namespace, out: Output) -> int:
+    from ._replay import replay
+
+    return replay(args.folder, args.study, args.member, out)
+
+
+def _report(args: argparse.Namespace, out: Output) -> int:
+    from ._folder import open_run
+    from ._study import report
+
+    folder, _ = open_run(args.folder)
+    report(folder, out)
+    return DONE
+
+
+def _check(args: argparse.Namespace, out: Output) -> int:
+    from ._check import check
+    from ._study import load_task
+
+    settings = Settings(task=args.task, data_dir=args.data_dir or "")
+    return check(load_task(settings), out, steps=args.steps)
+
+
+def _export(args: argparse.Namespace, out: Output) -> int:
+    from ._export import export
+
+    return export(args.folder, args.to, out, target=args.target)
+
+
+def _compare(args: argparse.Namespace, out: Output) -> int:
+    from ._compare import compare
+
+    return compare(args.folders, out)
+
+
+def _data(args: argparse.Namespace, out: Output) -> int:
+    from ._datasets import data_path, list_data
+
+    return (list_data if args.what == "list" else data_path)(args.data_dir, out)
+
+
+def _doctor(args: argparse.Namespace, out: Output) -> int:
+    from ._doctor import doctor
+
+    return doctor(out)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, like all others."""
+
+    def error(self, message: str):
+        self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .. import __version__
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="results as JSON on standard output")
+    common.add_argument("--debug", action="store_true", help="tracebacks, not one-line errors")
+    parser = _Parser(prog="hyperjax", description="Differentiable tuning in JAX.")
+    parser.add_argument("--version", action="version", version=f"hyperjax {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def verb(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, parents=[common])
+        sub.set_defaults(run=run)
+        return sub
+
+    _add_tune(verb("tune", _tune, "tune a task and compare with random search and Optuna"))
+    for name, run, text in (
+        ("resume", _resume, "continue a run that was stopped or killed"),
+        ("report", _report, "draw the plots and report.html of a run again"),
+    ):
+        verb(name, run, text).add_argument("folder", type=Path, metavar="RUN")
+    sub = verb("compare", _compare, "several runs in one table")
+    sub.add_argument("folders", type=Path, nargs="+", metavar="RUN")
+    sub = verb("replay", _replay, "train once more under the schedule a member went through")
+    sub.add_argument("folder", type=Path, metavar="RUN")
+    sub.add_argument("--member", type=int, metavar="K", help="default: the best one")
+    sub.add_argument("--study", type=int, default=0, metavar="S", help="which study (default 0)")
+    sub = verb("check", _check, "hypergradients against finite differences, NaNs, memory")
+    sub.add_argument("task", metavar="TASK|module:task")
+    sub.add_argument("--steps", type=int, default=20, help="training steps to unroll (default 20)")
+    sub.add_argument("--data-dir", metavar="DIR")
+    sub = verb("export", _export, "a run for other tools")
+    sub.add_argument("folder", type=Path, metavar="RUN")
+    sub.add_argument("--to", required=True, choices=("csv", "optuna"))
+    sub.add_argument("--target", type=Path, metavar="FILE")
+    sub = verb("data", _data, "the data sets that tasks can use")
+    sub.add_argument("what", choices=("list", "path"))
+    sub.add_argument("--data-dir", metavar="DIR")
+    verb("doctor", _doctor, "versions, devices, and a self-test")
+    return parser
+
+
+def _add_tune(sub: argparse.ArgumentParser) -> None:
+    default = Settings()
+    sub.add_argument("task", metavar="TASK|module:task", help="digits, a9a, mnist, or your own")
+    sub.add_argument("--method", metavar="NAME", help=f"{', '.join(METHODS)} (default unroll)")
+    sub.add_argument("--members", type=int, help=f"replicas per study (default {default.members})")
+    sub.add_argument("--seeds", type=int, help=f"independent studies (default {default.seeds})")
+    sub.add_argument("--seed", type=int, help="seed of the first study (default 0)")
+    sub.add_argument("--exchange", metavar="NAME", help=f"{', '.join(EXCHANGES)}")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting")
+    sub.add_argument("--data-dir", metavar="DIR", help="where a9a, mnist, ... are")
+    sub.add_argument("--out", metavar="DIR", help="run folder (default runs/TASK-METHOD-TIME)")

@@ -1,0 +1,141 @@
+"""The outer loop: Python over compiled chunks of updates, all studies and members at once."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .._types import Split
+from ..tasks import Task
+from ._methods import Method
+from ._settings import Settings
+
+
+@dataclass(frozen=True)
+class History:
+    """What every member did at every update; arrays lead with [T, S, P]."""
+
+    value: np.ndarray  # validation score reached
+    values: np.ndarray  # [T, S, P, D] constrained hyperparameters in force
+    grad_norm: np.ndarray
+    finite: np.ndarray
+    parents: np.ndarray  # int32: the slot whose state each slot holds afterwards
+    diverged: np.ndarray
+    residual: np.ndarray  # of the adjoint solve; NaN where nothing is solved
+    curvature: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        return len(self.value)
+
+    def join(self, other: "History") -> "History":
+        pairs = zip(self.arrays(), other.arrays(), strict=True)
+        return History(*[np.concatenate(pair) for pair in pairs])
+
+    def arrays(self) -> list[np.ndarray]:
+        return [getattr(self, name) for name in self.__dataclass_fields__]
+
+
+def empty_history(settings: Settings, names: int, steps: int = 0) -> History:
+    """The history of `steps` updates with nothing in it: shapes and types for a checkpoint."""
+    lead = (steps, settings.seeds, settings.members)
+    real = np.zeros(lead, np.float32)
+    flag = np.zeros(lead, bool)
+    values = np.zeros((*lead, names), np.float32)
+    return History(real, values, real, flag, np.zeros(lead, np.int32), flag, real, real)
+
+
+class Program(NamedTuple):
+    """A chunk of updates, compiled. The state is donated."""
+
+    advance: Callable[[Any, int], tuple[Any, History]]
+    start: Callable[[], Any]  # the state before the first update
+    place: Callable[[Any], Any]  # a state from a checkpoint, back on the devices
+    compile_seconds: float
+    memory_bytes: int  # the compiler's temporary memory
+
+
+def study_keys(settings: Settings) -> jax.Array:
+    """One key per study, [S]: everything random about a study follows from its seed."""
+    return jax.vmap(jax.random.key)(jnp.arange(settings.seed, settings.seed + settings.seeds))
+
+
+def compile_program(task: Task, method: Method, settings: Settings, mesh: Mesh | None) -> Program:
+    """Lower and compile one chunk for all studies, and say how long that took."""
+    keys = study_keys(settings)
+    space = task.space
+
+    def update(state, key, t):
+        # Data depends on the study and the step alone, so that nothing random is in a checkpoint.
+        train = method.draw(jax.random.fold_in(key, t + 1), settings.every)
+        return method.tuner.step(state, Split(train, task.valid))
+
+    def chunk(state, first):
+        def body(state, t):
+            return jax.vmap(update, (0, 0, None))(state, keys, t)
+
+        state, metrics = jax.lax.scan(body, state, first + jnp.arange(settings.updates_per_call))
+        members, events = metrics
+        solve = getattr(members.info, "solve", None)
+        missing = jnp.full_like(members.value, jnp.nan)
+        return state, History(
+            value=members.value,
+            values=space.ravel(space.constrain(members.hparams)),
+            grad_norm=members.grad_norm,
+            finite=members.finite,
+            parents=events.parents,
+            diverged=events.diverged,
+            residual=missing if solve is None else solve.residual,
+            curvature=missing if solve is None else solve.curvature,
+        ).arrays()
+
+    began = time.perf_counter()
+    start = jax.vmap(lambda key: method.start(jax.random.fold_in(key, 0)))
+    shardings = _shardings(jax.eval_shape(start, keys), mesh)
+    start = jax.jit(start, out_shardings=shardings)
+    program = jax.jit(
+        chunk, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None)
+    )
+    compiled = program.lower(jax.eval_shape(start, keys), jnp.int32(0)).compile()
+    seconds = time.perf_counter() - began
+
+    def advance(state, first: int) -> tuple[Any, History]:
+        state, arrays = compiled(state, jnp.int32(first))
+        return state, History(*[np.asarray(x) for x in arrays])
+
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    place = lambda state: jax.device_put(state, shardings) if mesh else state
+    return Program(advance, lambda: start(keys), place, seconds, memory)
+
+
+def _shardings(state, mesh: Mesh | None):
+    """Members over the mesh, the rest on every device; None without a mesh."""
+    if mesh is None:
+        return None
+    same = NamedSharding(mesh, PartitionSpec())
+    spread = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names[0]))  # leaves [S, P, ...]
+    everywhere = jax.tree.map(lambda _: same, state)
+    return everywhere._replace(members=jax.tree.map(lambda _: spread, state.members))
+
+
+class Progress(NamedTuple):
+    """One chunk done."""
+
+    state: Any
+    history: History  # of this chunk
+    first: int  # its first update
+    seconds: float
+
+
+def chunks(program: Program, settings: Settings, state: Any, first: int) -> Iterator[Progress]:
+    """Advance to the last update."""
+    while first < settings.updates:
+        began = time.perf_counter()
+        state, history = program.advance(state, first)
+        yield Progress(state, history, first, time.perf_counter() - began)
+        first += settings.updates_per_call

@@ -1,0 +1,149 @@
+"""What a run does, as one flat record: the command line, config.yaml and `--set` all meet here."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .. import __version__
+from ._errors import AppError
+
+FORMAT = 1  # of the run folder; a folder with a larger number is refused
+
+METHODS = ("unroll", "implicit", "forward", "best_response", "population", "random")
+EXCHANGES = ("tournament", "truncation", "isolation")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run. Every field can be changed by `--set field=value`."""
+
+    task: str = "digits"
+    method: str = "unroll"
+    members: int = 32  # replicas per seed
+    seeds: int = 5  # independent studies, all in one program
+    seed: int = 0  # of the first study; the others follow
+    inner_steps: int = 600  # training steps per member
+    every: int = 20  # training steps between two updates of the hyperparameters
+    outer_lr: float = 0.1  # Adam on raw hyperparameters
+    exchange: str = "tournament"
+    exchange_every: int = 3  # updates between two exchanges
+    explore: float = 0.3  # deviation of the noise on a copy's raw hyperparameters
+    cg_steps: int = 10  # implicit: products with the Hessian
+    damping: float = 1.0  # implicit: added to the Hessian, which is indefinite for networks
+    sigma: float = 0.5  # best_response: deviation of the perturbed raw hyperparameters
+    chunk: int = 0  # members trained at once on a device; 0 chooses
+    devices: int = 0  # devices to spread members over; 0 takes all that divide them
+    updates_per_chunk: int = 5  # updates per compiled call, between progress and checkpoints
+    baselines: tuple[str, ...] = ("replay", "random", "optuna")
+    data_dir: str = ""
+
+    @property
+    def updates(self) -> int:
+        """Outer steps in the whole run."""
+        return self.inner_steps // self.every
+
+    @property
+    def updates_per_call(self) -> int:
+        """Outer steps in one compiled call: the largest divisor that `updates_per_chunk` allows."""
+        return max(n for n in range(1, self.updates_per_chunk + 1) if self.updates % n == 0)
+
+    @property
+    def inner_steps_per_seed(self) -> int:
+        return self.members * self.inner_steps
+
+
+def make_settings(given: dict[str, Any], assignments: list[str]) -> Settings:
+    """Settings from the command line; raises AppError for an unknown key or a bad value."""
+    values = dict(given)
+    for text in assignments:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise AppError(f"--set {text}: expected KEY=VALUE, for example --set every=10.")
+        values[name.strip()] = _parse(name.strip(), value.strip())
+    settings = Settings(**values)
+    _validate(settings)
+    return settings
+
+
+def _fields() -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(Settings)}
+
+
+def _parse(name: str, text: str) -> Any:
+    field = _fields().get(name)
+    if field is None:
+        raise AppError(f"--set {name}: no such setting; there are {', '.join(_fields())}.")
+    kind = type(field.default)
+    try:
+        if kind is tuple:
+            return tuple(part.strip() for part in text.split(",") if part.strip())
+        return kind(text)
+    except ValueError:
+        raise AppError(f"--set {name}={text}: expected {kind.__name__}.") from None
+
+
+def _validate(s: Settings) -> None:
+    at_least = dict(members=1, seeds=1, inner_steps=1, every=1, exchange_every=1, cg_steps=1,
+                    updates_per_chunk=1, chunk=0, devices=0)  # fmt: skip
+    for name, least in at_least.items():
+        if getattr(s, name) < least:
+            raise AppError(f"{name} must be at least {least}; got {getattr(s, name)}.")
+    for name in ("outer_lr", "sigma"):
+        if not getattr(s, name) > 0:
+            raise AppError(f"{name} must be positive; got {getattr(s, name)}.")
+    for name in ("explore", "damping"):
+        if not getattr(s, name) >= 0:
+            raise AppError(f"{name} must not be negative; got {getattr(s, name)}.")
+    for name, choices in (("method", METHODS), ("exchange", EXCHANGES)):
+        if getattr(s, name) not in choices:
+            raise AppError(
+                f"unknown {name} {getattr(s, name)!r}; choose from {', '.join(choices)}."
+            )
+    unknown = set(s.baselines) - {"replay", "random", "optuna"}
+    if unknown:
+        raise AppError(
+            f"unknown baseline {sorted(unknown)[0]!r}; choose from replay, random, optuna."
+        )
+    if s.inner_steps % s.every:
+        raise AppError(
+            f"inner_steps ({s.inner_steps}) must be a multiple of every ({s.every}); "
+            f"try --set inner_steps={s.inner_steps - s.inner_steps % s.every or s.every}."
+        )
+
+
+def dump(settings: Settings) -> str:
+    """The text of config.yaml."""
+    values = dataclasses.asdict(settings) | {"baselines": list(settings.baselines)}
+    return yaml.safe_dump({"format": FORMAT, "hyperjax": __version__, **values}, sort_keys=False)
+
+
+def load(path: Path) -> Settings:
+    """Settings from a config.yaml; raises AppError if it is foreign, damaged or too new."""
+    folder = path.parent
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise AppError(
+            f"{folder} is not a run folder: it has no {path.name}. Pass a folder that "
+            "`hyperjax tune` made."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise AppError(f"{path} is damaged: it is not YAML. Start the run again.") from None
+    if not isinstance(values, dict) or "format" not in values:
+        raise AppError(f"{path} was not written by hyperjax: it has no `format`.")
+    if not isinstance(values["format"], int) or values["format"] > FORMAT:
+        raise AppError(
+            f"{folder} was written by a newer hyperjax ({values.get('hyperjax')}, format "
+            f"{values['format']}; this one reads up to {FORMAT}). Upgrade to read it."
+        )
+    known = _fields()
+    foreign = set(values) - set(known) - {"format", "hyperjax"}
+    if foreign or not set(known) <= set(values):
+        odd = sorted(foreign or set(known) - set(values))[0]
+        fault = "has an unknown key" if foreign else "lacks the key"
+        raise AppError(f"{path} {fault} {odd!r}: it was edited or damaged.")
+    settings = {k: values[k] for k in known} | {"baselines": tuple(values["baselines"])}
+    return Settings(**settings)
