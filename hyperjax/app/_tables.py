@@ -9,6 +9,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
+from scipy.special import stdtrit
 
 METRICS = {
     "valid_loss": "valid loss",
@@ -180,10 +181,13 @@ def _verdict(difference: Spread) -> str:
     gap = f"Paired difference: {show(difference, sign=True)}"
     if difference.error is None:
         return f"{gap}, from one seed: no standard error can be given."
-    gap += f" over {difference.count} seeds"
-    if abs(difference.mean) < 2 * difference.error:
-        return f"{gap}, which is within two standard errors: no clear winner."
-    return f"{gap}, in favour of {'tuning' if difference.mean < 0 else 'random search'}."
+    # Student's quantile, because with three seeds two standard errors are no evidence.
+    reach = float(stdtrit(difference.count - 1, 0.975)) * difference.error
+    low, high = difference.mean - reach, difference.mean + reach
+    gap += f" over {difference.count} seeds (95% interval {low:+.2g} to {high:+.2g})"
+    if low <= 0 <= high:
+        return f"{gap}, which leaves no clear winner."
+    return f"{gap}, in favour of {'tuning' if high < 0 else 'random search'}."
 
 
 def _summarise(row: dict[str, Any], reference: dict[str, Any] | None) -> Row:
@@ -206,8 +210,8 @@ def _summarise(row: dict[str, Any], reference: dict[str, Any] | None) -> Row:
 
 
 def _number(mean: float, error: float | None, sign: str) -> str:
-    if not error:
-        return f"{mean:{sign}.4g}"
+    if not error:  # one seed has none; several that agree to the last digit have zero
+        return f"{mean:{sign}.4g}" + ("" if error is None else " ± 0")
     exponent = math.floor(math.log10(error))
     # Two digits of an error that starts low, one of an error that starts high.
     decimals = (1 if error < 3.55 * 10**exponent else 0) - exponent
