@@ -65,11 +65,11 @@ def split_table(steps: int, snapshots: int) -> np.ndarray:
 def treeverse(step: Step, state: State, hparams: HParams, batches: Batches, steps: int) -> State:
     """The state after `steps` steps; its derivative stores O(sqrt(steps)) states.
 
-    At most two forward runs of each step beyond the first. Reverse mode only, and only once:
-    forward mode and second derivatives raise from JAX.
+    At most two forward runs of each step beyond the first. Reverse mode, and forward mode on top
+    of it (Hessians); forward mode alone and reverse mode twice raise from JAX.
     """
     snapshots = snapshots_for(steps)
-    table = jnp.asarray(split_table(steps, snapshots))
+    table = split_table(steps, snapshots)  # numpy: an array made here would belong to this trace
     first = jax.tree.map(lambda x: x[0], batches)
     step, consts = jax.closure_convert(step, state, hparams, first)
     descent = _first_descent(steps, snapshots)
@@ -123,7 +123,7 @@ def _reverse(step, advance, table, stack, rest, cotangent, steps):
     """From the last step to the first: restore the state, then one vjp."""
     hparams, batches, consts = rest
     state, marks, top = stack
-    snapshots = len(marks)
+    snapshots, table = len(marks), jnp.asarray(table)
 
     def descend(t, c):
         stack, marks, top = c

@@ -29,7 +29,7 @@ def unroll(
       checkpoint: what reverse mode keeps. None: every state. An integer k: one state every k
         steps, and k at a time while a segment is run again; any derivative of any order.
         "sqrt": k = ceil(sqrt(steps)). "binomial": about sqrt(2 steps) states, each step run
-        forward at most twice more; reverse mode only, and once only.
+        forward at most twice more; for grad and Hessians forward over reverse only.
       truncate: differentiate the last `truncate` steps only (K-step reverse mode, Shaban et al.
         2019, arXiv 1810.10667). Earlier steps count as constants, which biases the gradient.
 
