@@ -41,7 +41,7 @@ def _prepare_jax(args: argparse.Namespace) -> None:
 
     if "JAX_NUM_CPU_DEVICES" not in os.environ and "XLA_FLAGS" not in os.environ:
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(base) / "hyperjax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -92,7 +92,7 @@ def _carry_on(folder, settings: Settings, out: Output) -> int:
 def _replay(args: argparse.Namespace, out: Output) -> int:
     from ._replay import replay
 
-    return replay(args.folder, args.study, args.member, out)
+    return replay(args.folder, args.seed, args.member, out)
 
 
 def _report(args: argparse.Namespace, out: Output) -> int:
@@ -146,12 +146,12 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     from .. import __version__
 
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="results as JSON on standard output")
     common.add_argument("--debug", action="store_true", help="tracebacks, not one-line errors")
     parser = _Parser(prog="hyperjax", description="Differentiable tuning in JAX.")
     parser.add_argument("--version", action="version", version=f"hyperjax {__version__}")
-    verbs = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def verb(name: str, run, text: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=text, description=text, parents=[common])
@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("replay", _replay, "train once more under the schedule a member went through")
     sub.add_argument("folder", type=Path, metavar="RUN")
     sub.add_argument("--member", type=int, metavar="K", help="default: the best one")
-    sub.add_argument("--study", type=int, default=0, metavar="S", help="which study (default 0)")
+    sub.add_argument("--seed", type=int, metavar="S", help="default: the first one of the run")
     sub = verb("check", _check, "hypergradients against finite differences, NaNs, memory")
     sub.add_argument("task", metavar="TASK|module:task")
     sub.add_argument("--steps", type=int, default=20, help="training steps to unroll (default 20)")
@@ -189,9 +189,9 @@ def _add_tune(sub: argparse.ArgumentParser) -> None:
     default = Settings()
     sub.add_argument("task", metavar="TASK|module:task", help="digits, a9a, mnist, or your own")
     sub.add_argument("--method", metavar="NAME", help=f"{', '.join(METHODS)} (default unroll)")
-    sub.add_argument("--members", type=int, help=f"replicas per study (default {default.members})")
+    sub.add_argument("--members", type=int, help=f"replicas per seed (default {default.members})")
     sub.add_argument("--seeds", type=int, help=f"independent studies (default {default.seeds})")
-    sub.add_argument("--seed", type=int, help="seed of the first study (default 0)")
+    sub.add_argument("--seed", type=int, help="the first seed; the others follow (default 0)")
     sub.add_argument("--exchange", metavar="NAME", help=f"{', '.join(EXCHANGES)}")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting")
     sub.add_argument("--data-dir", metavar="DIR", help="where a9a, mnist, ... are")

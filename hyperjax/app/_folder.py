@@ -126,7 +126,7 @@ def environment(command: str) -> dict:
         "cores": os.cpu_count(),
         "backend": devices[0].platform,
         "devices": [str(d) for d in devices],
-        "x64": bool(jax.config.jax_enable_x64),
+        "x64": jax.numpy.zeros(()).dtype == np.float64,
         "argv": sys.argv[1:],
     }
 

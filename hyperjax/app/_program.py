@@ -15,19 +15,21 @@ from ..tasks import Task
 from ._methods import Method
 from ._settings import Settings
 
+Array = jax.Array | np.ndarray
+
 
 @dataclass(frozen=True)
 class History:
     """What every member did at every update; arrays lead with [T, S, P]."""
 
-    value: np.ndarray  # validation score reached
-    values: np.ndarray  # [T, S, P, D] constrained hyperparameters in force
-    grad_norm: np.ndarray
-    finite: np.ndarray
-    parents: np.ndarray  # int32: the slot whose state each slot holds afterwards
-    diverged: np.ndarray
-    residual: np.ndarray  # of the adjoint solve; NaN where nothing is solved
-    curvature: np.ndarray
+    value: Array  # validation score reached
+    values: Array  # [T, S, P, D] constrained hyperparameters in force
+    grad_norm: Array
+    finite: Array
+    parents: Array  # int32: the slot whose state each slot holds afterwards
+    diverged: Array
+    residual: Array  # of the adjoint solve; NaN where nothing is solved
+    curvature: Array
 
     @property
     def steps(self) -> int:
@@ -37,7 +39,7 @@ class History:
         pairs = zip(self.arrays(), other.arrays(), strict=True)
         return History(*[np.concatenate(pair) for pair in pairs])
 
-    def arrays(self) -> list[np.ndarray]:
+    def arrays(self) -> list[Array]:
         return [getattr(self, name) for name in self.__dataclass_fields__]
 
 
@@ -108,7 +110,8 @@ def compile_program(task: Task, method: Method, settings: Settings, mesh: Mesh |
         state, arrays = compiled(state, jnp.int32(first))
         return state, History(*[np.asarray(x) for x in arrays])
 
-    memory = compiled.memory_analysis().temp_size_in_bytes
+    forecast = compiled.memory_analysis()
+    memory = forecast.temp_size_in_bytes if forecast else 0  # not every backend has one
     place = lambda state: jax.device_put(state, shardings) if mesh else state
     return Program(advance, lambda: start(keys), place, seconds, memory)
 

@@ -15,20 +15,21 @@ from rich.progress import (
 
 from ._output import Output
 from ._program import History
+from ._settings import Settings
 
 
 class Reporter:
     """One line per event, and a bar if somebody is watching."""
 
-    def __init__(self, out: Output, bar: Progress | None, task_id):
-        self._out, self._bar, self._task = out, bar, task_id
+    def __init__(self, out: Output, settings: Settings, bar: Progress | None, task_id):
+        self._out, self._bar, self._task, self._settings = out, bar, task_id, settings
 
     def event(self, text: str) -> None:
         self._out.line(text)
 
-    def chunk(self, history: History, first: int, every: int, seconds: float) -> None:
+    def chunk(self, history: History, first: int, seconds: float) -> None:
         """The chunk that began at update `first` is done."""
-        done = first + history.steps
+        done, every = first + history.steps, self._settings.every
         score = np.where(history.finite[-1], history.value[-1], np.inf).min(axis=1)
         best = f"best {score.mean():.4f}"
         for t in range(history.steps):
@@ -36,7 +37,7 @@ class Reporter:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, best=best)
         else:
-            self.event(f"step {done * every}: {best} (mean of studies), {seconds:.1f} s")
+            self.event(f"step {done * every}: {best} (mean over seeds), {seconds:.1f} s")
 
     def _events(self, history: History, t: int, step: int) -> None:
         parents, diverged = history.parents[t], history.diverged[t]
@@ -44,17 +45,17 @@ class Reporter:
         copies = int(((parents != own) & ~diverged).sum())
         if copies:
             self.event(f"step {step}: exchange, {copies} of {parents.size} members copied another")
-        for seed, member in np.argwhere(diverged):
-            parent = parents[seed, member]
+        for study, member in np.argwhere(diverged):
+            parent, seed = parents[study, member], self._settings.seed + study
             fate = f"reseeded from {parent}" if parent != member else "left alone"
-            self.event(f"step {step}: member {member} of study {seed} diverged, {fate}")
+            self.event(f"step {step}: member {member} of seed {seed} diverged, {fate}")
 
 
 @contextmanager
-def reporting(out: Output, total: int, done: int) -> Iterator[Reporter]:
-    """A reporter for a run of `total` updates of which `done` are behind."""
+def reporting(out: Output, settings: Settings, done: int) -> Iterator[Reporter]:
+    """A reporter for a run of which `done` updates are behind."""
     if not out.interactive:
-        yield Reporter(out, None, None)
+        yield Reporter(out, settings, None, None)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -65,4 +66,5 @@ def reporting(out: Output, total: int, done: int) -> Iterator[Reporter]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=out.console) as bar:
-        yield Reporter(out, bar, bar.add_task("updates", total=total, completed=done, best=""))
+        task = bar.add_task("updates", total=settings.updates, completed=done, best="")
+        yield Reporter(out, settings, bar, task)

@@ -13,17 +13,20 @@ from ._results import load_schedules, schedule_of
 from ._study import load_task
 
 
-def replay(path: Path, study: int, member: int | None, out: Output) -> int:
-    """Train under the schedule of `member` (default: the best) of `study`, and report validation.
+def replay(path: Path, seed: int | None, member: int | None, out: Output) -> int:
+    """Train under the schedule of `member` (default: the best) of `seed`, and report validation.
 
     First weights and data order are new, so a schedule that only fitted its own run shows. The
-    test part is left alone; the closing table of the run has it. Writes `replay-S-K.json`.
+    test part is left alone; the closing table of the run has it. Writes `replay-SEED-MEMBER.json`.
     """
     folder, settings = open_run(path)
     values, parents = load_schedules(path)
     _, studies, members, _ = values.shape
+    seed = settings.seed if seed is None else seed
+    study = seed - settings.seed
     if not 0 <= study < studies:
-        raise AppError(f"--study must be in 0..{studies - 1}; got {study}.")
+        last = settings.seed + studies - 1
+        raise AppError(f"--seed must be in {settings.seed}..{last}; got {seed}.")
     if member is None:
         member = int(folder.read_json("best.json")["seeds"][study]["member"])
     if not 0 <= member < members:
@@ -33,10 +36,10 @@ def replay(path: Path, study: int, member: int | None, out: Output) -> int:
     schedules = np.broadcast_to(schedule, (settings.seeds, 1, *schedule.shape))
     trained, _, seconds = replay_schedules(task, settings, None, schedules)
     valid = jax.tree.map(lambda x: np.asarray(x)[:, 0].tolist(), trained.valid)
-    result = {"study": study, "member": member, "seconds": round(seconds, 3), **valid}
-    folder.write_json(f"replay-{study}-{member}.json", result)
+    result = {"seed": seed, "member": member, "seconds": round(seconds, 3), **valid}
+    folder.write_json(f"replay-{seed}-{member}.json", result)
     text = ", ".join(
         f"{k} {np.mean(v):.4f} (runs {np.min(v):.4f} to {np.max(v):.4f})" for k, v in valid.items()
     )
-    out.result(result, plain=f"member {member} of study {study}, {settings.seeds} runs: {text}")
+    out.result(result, plain=f"member {member} of seed {seed}, {settings.seeds} runs: {text}")
     return 0

@@ -63,7 +63,7 @@ def make_settings(given: dict[str, Any], assignments: list[str]) -> Settings:
         if not separator:
             raise AppError(f"--set {text}: expected KEY=VALUE, for example --set every=10.")
         values[name.strip()] = _parse(name.strip(), value.strip())
-    settings = Settings(**values)
+    settings = _settings(values)
     _validate(settings)
     return settings
 
@@ -145,5 +145,14 @@ def load(path: Path) -> Settings:
         odd = sorted(foreign or set(known) - set(values))[0]
         fault = "has an unknown key" if foreign else "lacks the key"
         raise AppError(f"{path} {fault} {odd!r}: it was edited or damaged.")
-    settings = {k: values[k] for k in known} | {"baselines": tuple(values["baselines"])}
-    return Settings(**settings)
+    for name, field in known.items():
+        kind = list if name == "baselines" else type(field.default)
+        if type(values[name]) is not kind:
+            raise AppError(f"{path}: `{name}` must be {kind.__name__}; got {values[name]!r}.")
+    settings = _settings({k: values[k] for k in known} | {"baselines": tuple(values["baselines"])})
+    _validate(settings)
+    return settings
+
+
+def _settings(values: dict[str, Any]) -> Settings:
+    return Settings(**values)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ..tasks import Task, get
 from . import _baselines
 from ._errors import AppError
-from ._folder import Folder
+from ._folder import Folder, disk_error
 from ._output import Output
 from ._plots import draw_plots
 from ._record import load_record
@@ -46,16 +46,19 @@ def run_study(folder: Folder, settings: Settings, out: Output, stop: Stop) -> No
 
 
 def report(folder: Folder, out: Output) -> None:
-    """Draw the plots and write report.html; without matplotlib say how to get it."""
+    """Draw the plots and write report.html; without matplotlib say so and leave them out."""
     record = load_record(folder.path)
     try:
         plots = draw_plots(record, folder.path)
     except ImportError as error:
         out.warn(str(error))
-        return
+        plots = []
     except OSError as error:
-        raise AppError(f"cannot write the plots of {folder.path}: {error.strerror}.") from error
-    out.line(f"report: {write_report(record, plots, folder.path)}")
+        raise disk_error(folder / "plots", error) from error
+    try:
+        out.line(f"report: {write_report(record, plots, folder.path)}")
+    except OSError as error:
+        raise disk_error(folder / "report.html", error) from error
 
 
 def load_task(settings: Settings) -> Task:
@@ -114,9 +117,9 @@ def _schedules(folder: Folder) -> np.ndarray:
 def _write_table(folder: Folder, settings: Settings) -> dict:
     rows = [folder.read_json(f"results/{k}.json") for k in ("tuned", *settings.baselines)]
     notes = [
-        "Inner steps are training steps per study; a tuned step also pays for its hypergradient, "
+        "Inner steps are training steps per seed; a tuned step also pays for its hypergradient, "
         "which the seconds show. Replay trains once more under the schedule that tuning found.",
-        f"Mean and standard error over {settings.seeds} studies; the test part was read once.",
+        "Models are chosen by validation loss; the test part was read once, at the end.",
     ]
     table = {
         "inner_steps_per_seed": settings.inner_steps_per_seed,

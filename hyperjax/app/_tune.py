@@ -42,13 +42,13 @@ def tune(
         folder.rewind("metrics.jsonl", done)  # what came after will be computed, and logged, again
         folder.rewind("events.jsonl", done)
         folder.event("resume" if done else "start", done)
-        with reporting(out, settings.updates, done) as reporter:
+        with reporting(out, settings, done) as reporter:
             for part in chunks(program, settings, state, done):
                 state, seconds = part.state, seconds + part.seconds
                 history = history.join(part.history)
                 _log_chunk(folder, settings, task, part)
                 last = part.first + part.history.steps == settings.updates
-                reporter.chunk(part.history, part.first, settings.every, part.seconds)
+                reporter.chunk(part.history, part.first, part.seconds)
                 checkpoints.save(history.steps, _saved(state, history, seconds))
                 if not last:
                     stop.check()
@@ -65,7 +65,7 @@ def _headline(settings: Settings, task: Task, mesh: Mesh | None) -> str:
 
 
 def _saved(state, history: History, seconds: float) -> dict[str, Any]:
-    return {"state": state, "history": history.arrays(), "seconds": np.float32([seconds])}
+    return {"state": state, "history": history.arrays(), "seconds": np.array([seconds], np.float32)}
 
 
 def _restore(checkpoints: Checkpoints, program: Program, settings: Settings, names: int):
@@ -143,5 +143,5 @@ def _finish(folder, settings, task, method: Method, state, history: History, tim
 
 def _write_npz(folder: Folder, name: str, **arrays: Any) -> None:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{k: np.asarray(v) for k, v in arrays.items()})
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
     folder.write_bytes(name, buffer.getvalue())
