@@ -27,14 +27,14 @@ def count_steps(where: str, batches: Batches) -> int:
             f"{where}: `batches` has no leaves, so the number of steps is unknown; "
             "pass an array with a leading axis of that length, for example `jnp.arange(steps)`."
         )
-    lengths = {path(k): (jnp.shape(x)[0] if jnp.ndim(x) else None) for k, x in leaves}
-    if None in lengths.values() or len(set(lengths.values())) > 1:
-        listing = ", ".join(f"{k}: {n or 'a scalar'}" for k, n in lengths.items())
+    lengths = {jnp.shape(x)[:1] for _, x in leaves}
+    if () in lengths or len(lengths) > 1:
+        listing = ", ".join(f"{path(k)}: {describe(x)}" for k, x in leaves)
         raise ValueError(
             f"{where}: every leaf of `batches` needs the same leading axis, one entry per inner "
             f"step; got {listing}. Stack the batches with `jnp.stack`."
         )
-    steps = next(iter(lengths.values()))
+    ((steps,),) = lengths
     if steps == 0:
         raise ValueError(f"{where}: `batches` holds no step (leading axis 0); pass at least one.")
     return steps

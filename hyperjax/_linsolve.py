@@ -43,12 +43,12 @@ def cg(*, maxiter: int = 100, tol: float = 1e-6, damping: float = 0.0) -> Linear
         unit = _tree.scale(1 / jnp.where(size > 0, size, 1), b)
         damped = lambda p: _tree.axpy(damping, p, matvec(p)) if damping else matvec(p)
         start = _cg_init(unit)
-        running = lambda s: (s.count < maxiter) & (s.rr > tol**2) & ~s.stopped
+        running = lambda s: (s.steps < maxiter) & (s.rr > tol**2) & ~s.stopped
         end = lax.while_loop(running, lambda s: _cg_step(damped, s), start)
         # By one more product: rounding lets the residual of the recurrence fall far below the true
         # one (float32, condition 1e6: 1e-5 against 0.2).
         residual = _tree.norm(_tree.sub(unit, damped(end.best)))
-        return _tree.scale(size, end.best), SolveInfo(end.count, residual, end.low)
+        return _tree.scale(size, end.best), SolveInfo(end.steps, residual, end.low)
 
     return solve
 
@@ -62,7 +62,7 @@ class _CG(NamedTuple):
     best_rr: Scalar
     low: Scalar  # smallest and largest curvature met
     high: Scalar
-    count: jax.Array
+    steps: jax.Array
     stopped: jax.Array
 
 
@@ -97,7 +97,7 @@ def _cg_step(matvec: MatVec, s: _CG) -> _CG:
         best_rr=jnp.where(better, rr, s.best_rr),
         low=jnp.minimum(s.low, curvature),
         high=high,
-        count=s.count + 1,
+        steps=s.steps + 1,
         stopped=~usable,
     )
 

@@ -88,14 +88,14 @@ def _step_members(step, chunk, mesh):
 
 def _count_members(trees: PyTree, mesh: Mesh | None) -> int:
     named = jax.tree_util.tree_leaves_with_path(trees)
-    sizes = {jnp.shape(x)[0] if jnp.ndim(x) else None for _, x in named}
-    if len(sizes) != 1 or None in sizes:
+    sizes = {jnp.shape(x)[:1] for _, x in named}
+    if len(sizes) != 1 or () in sizes:
         listing = ", ".join(f"{_checks.path(k[1:])}: {_checks.describe(x)}" for k, x in named)
         raise ValueError(
             f"population: every leaf of `params` and `hparams` needs the same leading axis, one "
             f"entry per member; got {listing}. Make members with `jax.vmap(init)(keys)`."
         )
-    size = next(iter(sizes))
+    ((size,),) = sizes
     if size == 0:
         raise ValueError("population: no members (leading axis 0); pass at least one.")
     devices = 1 if mesh is None else mesh.size

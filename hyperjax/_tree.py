@@ -25,12 +25,12 @@ def norm(a: PyTree) -> Scalar:
     return unit * jnp.sqrt(dot(scaled, scaled))
 
 
-def axpy(scale: Scalar, x: PyTree, y: PyTree) -> PyTree:
+def axpy(scale: Scalar | float, x: PyTree, y: PyTree) -> PyTree:
     """`scale * x + y`, leaf by leaf, in the type of `y`."""
     return jax.tree.map(lambda u, v: (scale * u + v).astype(v.dtype), x, y)
 
 
-def scale(factor: Scalar, x: PyTree) -> PyTree:
+def scale(factor: Scalar | float, x: PyTree) -> PyTree:
     return jax.tree.map(lambda u: (factor * u).astype(u.dtype), x)
 
 
@@ -73,8 +73,8 @@ def strong(a: PyTree) -> PyTree:
 
     def one(x):
         x = jnp.asarray(x)
-        # `asarray` with a dtype drops weakness; key arrays have no weak type and stay as they are.
-        return x if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else x.astype(x.dtype)
+        # `astype` drops weakness; key arrays have no weak type and stay as they are.
+        return x if jnp.issubdtype(x.dtype, jax.dtypes.extended) else x.astype(x.dtype)
 
     return jax.tree.map(one, a)
 

@@ -12,6 +12,6 @@ def isolation() -> Exchange:
     def apply(key, state, members, score):
         del key
         own = jnp.arange(score.shape[0], dtype=jnp.int32)
-        return members, Clock(state.count + 1), Events(own, ~jnp.isfinite(score))
+        return members, Clock(state.calls + 1), Events(own, ~jnp.isfinite(score))
 
     return Exchange(clock, apply)

@@ -22,7 +22,7 @@ class Events(NamedTuple):
 class Clock(NamedTuple):
     """State of the rules here: how often they were asked."""
 
-    count: jax.Array  # int32 scalar
+    calls: jax.Array  # int32 scalar
 
 
 def clock(members: PyTree) -> Clock:
@@ -59,7 +59,7 @@ def when_due(state: Clock, every: int, score: jax.Array, parents: jax.Array) -> 
     A diverged member is reseeded at once, and only ever from one that has not diverged.
     """
     finite = jnp.isfinite(score)
-    due = (state.count + 1) % every == 0
+    due = (state.calls + 1) % every == 0
     own = jnp.arange(score.shape[0], dtype=jnp.int32)
     wanted = (due | ~finite) & finite[parents]
     return jnp.where(wanted, parents.astype(jnp.int32), own)

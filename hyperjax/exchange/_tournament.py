@@ -31,6 +31,6 @@ def tournament(explore: Explore, *, every: int = 1) -> Exchange:
         parents = jnp.where(jnp.isfinite(score), parents, random_finite(reseed, score, (size,)))
         parents = when_due(state, every, score, parents)
         members = replace(mutate, members, parents, explore)
-        return members, Clock(state.count + 1), Events(parents, ~jnp.isfinite(score))
+        return members, Clock(state.calls + 1), Events(parents, ~jnp.isfinite(score))
 
     return Exchange(clock, apply)
