@@ -133,7 +133,7 @@ def ridge_answers(hparams, split: hj.Split) -> Answers:
     A w_jk = -(D_k w_j + D_j w_k + [j = k] D_j w). With u = A^-1 (gradient of the score in w), a
     sum over w_jk is one over the right-hand sides.
     """
-    (x, y), (xv, yv) = ridge_data(split)
+    (x, y), _ = ridge_data(split)
     h, n = np.asarray(hparams), len(y)
     e = np.exp(h)
     a = x.T @ x / n + np.diag(e)
@@ -184,16 +184,16 @@ def affine(phi, hparams):
     return phi["a"] + phi["b"] @ hparams
 
 
-def ridge_hypernet(axis=None, *, steps: int = STEPS, width: float = 0.3, rate: float = 0.02):
+def ridge_hypernet(axis=None, *, steps: int = STEPS, square=jnp.square) -> Problem:
     """An affine hypernetwork for ridge, fitted at random settings near the current ones."""
-    plain = ridge(axis, steps=steps)
+    plain = ridge(axis, steps=steps, square=square)
 
     def perturbed(phi, h, batch):
         *data, key = batch
-        nearby = h + width * jax.random.normal(key, h.shape)
+        nearby = h + 0.3 * jax.random.normal(key, h.shape)
         return plain.loss(affine(phi, nearby), nearby, data)
 
-    inner = hj.inner(perturbed, lambda _: optax.adam(rate))
+    inner = hj.inner(perturbed, lambda _: optax.adam(0.02))
     keys = jax.random.split(jax.random.key(3), steps)
     split = hj.Split((*plain.split.train, keys), plain.split.valid)
     phi = {"a": jnp.zeros(FEATURES), "b": jnp.zeros((FEATURES, FEATURES))}
@@ -240,23 +240,25 @@ SOLVES = {
 RESPONSES = (*SOLVES, *UNROLLS, "best_response")
 
 
+def respond(name: str, step: Callable, optimality: Callable, apply: Callable = affine):
+    """One of `RESPONSES`, from its parts."""
+    if name == "best_response":
+        return hj.best_response(apply, hj.unroll(step))
+    if name in SOLVES:
+        return hj.implicit(hj.unroll(step), optimality, solve=SOLVES[name])
+    return hj.unroll(step, **UNROLLS[name])
+
+
 @functools.cache
 def case(name: str, axis=None, **options) -> Case:
     """One of `RESPONSES` on ridge; for best_response on its hypernetwork."""
-    if name == "best_response":
-        p = ridge_hypernet(axis, **options)
-        train = hj.unroll(p.inner.step)
-        fit = jax.jit(lambda h: train(h, p.inner.init(p.params, h), p.split.train)[0])
-        answers = lambda h: affine_answers(fit(h), h, p.split)
-        return Case(p, hj.best_response(affine, train), answers)
-    p = ridge(axis, **options)
-    answers = lambda h: ridge_answers(h, p.split)
-    if name in SOLVES:
-        train, optimality = hj.unroll(p.inner.step), hj.stationary(p.loss)
-        response = hj.implicit(train, optimality, solve=SOLVES[name])
-    else:
-        response = hj.unroll(p.inner.step, **UNROLLS[name])
-    return Case(p, response, answers)
+    p = (ridge_hypernet if name == "best_response" else ridge)(axis, **options)
+    response = respond(name, p.inner.step, hj.stationary(p.loss))
+    if name != "best_response":
+        return Case(p, response, lambda h: ridge_answers(h, p.split))
+    train = hj.unroll(p.inner.step)
+    fit = jax.jit(lambda h: train(h, p.inner.init(p.params, h), p.split.train)[0])
+    return Case(p, response, lambda h: affine_answers(fit(h), h, p.split))
 
 
 # ----------------------------------------------------------- problems without a closed form

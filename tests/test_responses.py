@@ -1,6 +1,7 @@
 """Every response gives the hypergradient it promises, wherever it runs."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -187,7 +188,7 @@ def test_truncation_bias_shrinks_with_the_contraction():
     p = problems.ridge()
     tails = (1, 2, 4, 8, 16)
     bias = [gradient_error(hj.unroll(p.inner.step, truncate=k), p) for k in tails]
-    assert all(later < sooner for sooner, later in zip(bias, bias[1:], strict=False))
+    assert all(later < sooner for sooner, later in itertools.pairwise(bias))
     # Shaban et al. 2019, Proposition 3.1: what is left out contracts once per step kept.
     assert all(1e-10 < b < CONTRACTION**k for b, k in zip(bias, tails, strict=True))
     assert gradient_error(hj.unroll(p.inner.step, truncate=STEPS), p) < 1e-14
@@ -197,7 +198,9 @@ def test_truncated_gradient_is_that_of_the_tail():
     # On a run that has not converged, where it is not an approximation of anything simpler: the
     # state after the first ten steps is a constant.
     p = problems.net(steps=16)
-    head, tail = (jax.tree.map(lambda x, s=s: x[s], p.split.train) for s in (slice(10), slice(10, 16)))
+    head, tail = (
+        jax.tree.map(lambda x, s=s: x[s], p.split.train) for s in (slice(10), slice(10, 16))
+    )
     run = hj.unroll(p.inner.step)
     _, middle = run(p.hparams, p.inner.init(p.params, p.hparams), head)
     only_tail = jax.grad(lambda h: p.score(run(h, middle, tail)[0], h, p.split.valid))
@@ -221,7 +224,7 @@ def test_neumann_bias_shrinks_with_its_terms():
     bias = [
         gradient_error(hj.implicit(train, optimality, solve=hj.neumann(k, 0.6)), p) for k in counts
     ]
-    assert all(later < sooner for sooner, later in zip(bias, bias[1:], strict=False))
+    assert all(later < sooner for sooner, later in itertools.pairwise(bias))
     assert all(1e-10 < b < CONTRACTION**k for b, k in zip(bias, counts, strict=True))
     assert gradient_error(hj.implicit(train, optimality, solve=hj.neumann(STEPS, 0.6)), p) < 1e-14
 
@@ -233,7 +236,7 @@ def test_truncated_cg_is_biased_until_it_has_all_directions():
         gradient_error(hj.implicit(train, optimality, solve=hj.cg(maxiter=k, tol=0)), p)
         for k in range(1, problems.FEATURES + 1)
     ]
-    assert all(later < sooner for sooner, later in zip(bias, bias[1:], strict=False))
+    assert all(later < sooner for sooner, later in itertools.pairwise(bias))
     assert bias[-2] > 1e-6
     assert bias[-1] < 1e-13
 
@@ -291,9 +294,7 @@ def test_implicit_reports_a_run_that_is_not_done():
     p = problems.ridge(steps=3)
     response = hj.implicit(hj.unroll(p.inner.step), hj.stationary(p.loss))
     estimator = hj.hypergradient(response, p.score, p.inner.init)
-    result, carry = estimator.estimate(
-        p.hparams, estimator.init(p.params, p.hparams), p.split
-    )
+    result, carry = estimator.estimate(p.hparams, estimator.init(p.params, p.hparams), p.split)
     batch = problems.last(p.split.train)
     slope = jnp.linalg.norm(jax.grad(p.loss)(carry.params, p.hparams, batch))
     assert slope > 1e-3
