@@ -110,7 +110,9 @@ def test_module_that_fails_to_import_is_told_from_one_that_is_not_there(tmp_path
     (tmp_path / "breaks_two.py").write_text("1 / 0\n")
     with pytest.raises(ImportError, match="no module 'not_installed_anywhere'"):
         tasks.load("breaks_one:task")
-    with pytest.raises(ImportError, match="'breaks_two' failed with ZeroDivisionError"):
+    with pytest.raises(
+        ImportError, match="'breaks_two' failed with ZeroDivisionError: division by zero"
+    ):
         tasks.load("breaks_two:task")
 
 
@@ -137,11 +139,15 @@ def not_traceable(hparams) -> optax.GradientTransformation:
     return optax.sgd(0.1 if hparams["lr"] > 0.5 else 0.2)
 
 
+def talkative(key):
+    raise RuntimeError("the first line\nthe second line")
+
+
 FAULTS = {
     "name": ({"name": ""}, TypeError, "`name` must be a non-empty string"),
     "loss is no function": ({"loss": 1.0}, TypeError, "`loss` must be a function"),
     "space": ({"space": {"lr": 0.1}}, TypeError, "`space` must be a hyperjax Space; got dict"),
-    "init fails": ({"init": lambda key: {}["x"]}, ValueError, "`init(key)` raised KeyError"),
+    "init fails": ({"init": talkative}, ValueError, "raised RuntimeError: the first line"),
     "no params": ({"init": lambda key: {}}, ValueError, "returned no arrays"),
     "int params": ({"init": lambda key: {"x": jnp.zeros((), int)}}, TypeError, "['x'] is int"),
     "steps": (

@@ -8,7 +8,7 @@ from pathlib import Path
 from ._a9a import a9a
 from ._digits import digits
 from ._mnist import mnist
-from ._task import Task, check_task
+from ._task import Task, check_task, summary
 
 _TASKS: dict[str, Callable[[str | Path | None, int], Task]] = {
     "digits": lambda data_dir, seed: digits(seed),  # embedded, so it needs no folder
@@ -77,10 +77,7 @@ def _import(name: str):
             "PYTHONPATH, or install it."
         ) from error
     except Exception as error:
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        raise ImportError(
-            f"importing {name!r} failed with {type(error).__name__}: {reason}"
-        ) from error
+        raise ImportError(f"importing {name!r} failed with {summary(error)}") from error
 
 
 def _build(spec: str, function: Callable[..., object], offered: dict[str, object]) -> object:

@@ -158,8 +158,13 @@ def _attempt(where: str, what: str, call: Callable[[], Result]) -> Result:
     try:
         return call()
     except Exception as error:
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        raise ValueError(f"{where}: {what} raised {type(error).__name__}: {reason}") from error
+        raise ValueError(f"{where}: {what} raised {summary(error)}") from error
+
+
+def summary(error: Exception) -> str:
+    """The type of an error and the first line of its message."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def _is_float_scalar(value) -> bool:
