@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     out = Output(as_json=args.json)
     _prepare_jax(args)
+    sys.path.insert(0, os.getcwd())  # where `module:task` is looked for, as with `python -m`
     try:
         return args.run(args, out)
     except AppError as error:
