@@ -75,7 +75,7 @@ def check(
         out.line(f"convergence: {convergence['text']}")
         if convergence["implicit_blind_to"]:
             blind = ", ".join(convergence["implicit_blind_to"])
-            out.line(f"  it sees nothing of {blind}, which act through the optimizer alone")
+            out.line(f"  it has no derivative in {blind}: no effect except through the optimizer")
     memory = forecast(problem, point)
     _show_memory(memory, steps, out)
     ok = gradient.ok and all(f.expected for f in findings)
