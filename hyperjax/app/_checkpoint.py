@@ -1,5 +1,6 @@
 """Checkpoints: the whole state of a run, written atomically, the last two kept."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ class Checkpoints:
 
     def __init__(self, path: Path):
         self._path = path.absolute()
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what is wrong is said below, once
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         try:
             self._manager = ocp.CheckpointManager(self._path, options=options)
@@ -47,6 +49,6 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.StandardRestore(template))
         except Exception as error:
             raise AppError(
-                f"the checkpoint of step {step} in {self._path} cannot be read "
-                f"({type(error).__name__}); delete that folder to start from the one before."
+                f"the checkpoint {self._path / str(step)} is damaged ({type(error).__name__}); "
+                "delete that folder, and `hyperjax resume` takes the one before."
             ) from error

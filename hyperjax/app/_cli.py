@@ -28,12 +28,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"hyperjax: {error}", file=sys.stderr)
         return BAD_INPUT
+    except BrokenPipeError:  # `hyperjax ... | head`
+        return _quiet()
+    except OSError as error:
+        if args.debug:
+            raise
+        _quiet()  # it may be standard output that fails
+        print(f"hyperjax: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("hyperjax: stopped", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # `hyperjax ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+
+
+def _quiet() -> int:
+    """Nobody reads standard output any more: write the rest of it nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return DONE
 
 
 def _prepare_jax(args: argparse.Namespace) -> None:
@@ -70,9 +81,11 @@ def _tune(args: argparse.Namespace, out: Output) -> int:
 
 
 def _resume(args: argparse.Namespace, out: Output) -> int:
-    from ._folder import open_run
+    from ._folder import changes, open_run
 
     folder, settings = open_run(args.folder)
+    if changed := changes(folder):
+        out.warn(f"the last bits may differ from an uninterrupted run: {changed}")
     return _carry_on(folder, settings, out)
 
 
@@ -86,6 +99,10 @@ def _carry_on(folder, settings: Settings, out: Output) -> int:
         except Interrupted:
             folder.event("interrupt", settings.updates)
             out.warn(f"stopped; continue with `hyperjax resume {folder.path}`")
+            return INTERRUPTED
+        except BrokenPipeError:
+            _quiet()
+            out.warn(f"output closed; continue with `hyperjax resume {folder.path}`")
             return INTERRUPTED
     return DONE
 

@@ -70,7 +70,19 @@ class Folder:
         now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         self.append("events.jsonl", [{"event": name, "step": step, "time": now, **details}])
 
-    def rewind(self, name: str, step: int) -> None:
+    def event_once(self, name: str, step: int, **details: Any) -> None:
+        """The same, unless the log has it: a process may die after it, before its next write."""
+        path = self.path / "events.jsonl"
+        logged = map(json.loads, path.read_text().splitlines() if path.exists() else ())
+        if not any({"event": name, **details}.items() <= row.items() for row in logged):
+            self.event(name, step, **details)
+
+    def mend(self) -> None:
+        """Drop the last lines that a killed process, or a full disk, left half-written."""
+        for name in ("metrics.jsonl", "events.jsonl"):
+            self.rewind(name, math.inf)
+
+    def rewind(self, name: str, step: float) -> None:
         """Drop the lines of a log from `step` on, and a last line that was cut off."""
         path = self.path / name
         if not path.exists():
@@ -89,12 +101,16 @@ class Folder:
 def create(path: Path, settings: Settings, command: str) -> Folder:
     """A new run folder; raises AppError if there is something at that path already."""
     folder = Folder(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise AppError(
-            f"{path} exists already; continue it with `hyperjax resume {path}`, or choose "
-            "another folder with --out."
-        )
     try:
+        if (path / "config.yaml").exists():
+            raise AppError(
+                f"{path} exists already; continue it with `hyperjax resume {path}`, or choose "
+                "another folder with --out."
+            )
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise AppError(
+                f"{path} exists already and is not a run; choose another folder with --out."
+            )
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(path, error) from error
@@ -129,6 +145,18 @@ def environment(command: str) -> dict:
         "x64": jax.numpy.zeros(()).dtype == np.float64,
         "argv": sys.argv[1:],
     }
+
+
+def changes(folder: Folder) -> str:
+    """What is not as it was when the run began and moves the last bits; raises AppError if its
+    precision is another one."""
+    then, now = folder.read_json("env.json") or {}, environment("resume")
+    if then.get("x64", now["x64"]) != now["x64"]:
+        flag = int(not now["x64"])
+        raise AppError(f"{folder.path} began in another precision; set JAX_ENABLE_X64={flag}.")
+    keys = [k for k in ("jax", "backend", "devices") if then.get(k, now[k]) != now[k]]
+    count = lambda value: len(value) if isinstance(value, list) else value
+    return ", ".join(f"{k} {count(then[k])} then, {count(now[k])} now" for k in keys)
 
 
 def disk_error(path: Path, error: OSError) -> AppError:

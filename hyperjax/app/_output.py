@@ -8,6 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command: Rich would exit with 1, which here means a fault was found."""
+        raise
+
+
 @dataclass(frozen=True)
 class Output:
     """Standard output for results, standard error for everything about them.
@@ -17,7 +23,7 @@ class Output:
     """
 
     as_json: bool = False
-    console: Console = field(default_factory=lambda: Console(highlight=False))
+    console: Console = field(default_factory=lambda: _Console(highlight=False))
     notes: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
 
     @property

@@ -1,6 +1,7 @@
 """What a run does, as one flat record: the command line, config.yaml and `--set` all meet here."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ FORMAT = 1  # of the run folder; a folder with a larger number is refused
 
 METHODS = ("unroll", "implicit", "forward", "best_response", "population", "random")
 EXCHANGES = ("tournament", "truncation", "isolation")
+_SEEDS = 2**31  # beyond, JAX would wrap them around in 32 bits
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,13 @@ def _validate(s: Settings) -> None:
         if getattr(s, name) < least:
             raise AppError(f"{name} must be at least {least}; got {getattr(s, name)}.")
     for name in ("outer_lr", "sigma"):
-        if not getattr(s, name) > 0:
-            raise AppError(f"{name} must be positive; got {getattr(s, name)}.")
+        if not 0 < getattr(s, name) < math.inf:
+            raise AppError(f"{name} must be positive and finite; got {getattr(s, name)}.")
     for name in ("explore", "damping"):
-        if not getattr(s, name) >= 0:
-            raise AppError(f"{name} must not be negative; got {getattr(s, name)}.")
+        if not 0 <= getattr(s, name) < math.inf:
+            raise AppError(f"{name} must be finite and not negative; got {getattr(s, name)}.")
+    if not 0 <= s.seed < _SEEDS - s.seeds:
+        raise AppError(f"seed must be in 0..{_SEEDS - s.seeds - 1}; got {s.seed}.")
     for name, choices in (("method", METHODS), ("exchange", EXCHANGES)):
         if getattr(s, name) not in choices:
             raise AppError(

@@ -33,13 +33,13 @@ def run_study(folder: Folder, settings: Settings, out: Output, stop: Stop) -> No
     """
     task = load_task(settings)
     mesh = members_mesh(settings)
+    folder.mend()
     folder.write_json("space.json", _describe_space(task))
     tune(folder, settings, task, mesh, out, stop)
     for name in settings.baselines:
         stop.check()
         _baseline(name, folder, settings, task, mesh, out)
-    if folder.read_json("table.json") is None:
-        folder.event("done", settings.updates)
+    folder.event_once("done", settings.updates)
     table = _write_table(folder, settings)
     report(folder, out)
     out.result({"run": str(folder.path), **table}, rich_table(table), plain_table(table))
@@ -56,9 +56,10 @@ def report(folder: Folder, out: Output) -> None:
     except OSError as error:
         raise disk_error(folder / "plots", error) from error
     try:
-        out.line(f"report: {write_report(record, plots, folder.path)}")
+        written = write_report(record, plots, folder.path)
     except OSError as error:
         raise disk_error(folder / "report.html", error) from error
+    out.line(f"report: {written}")
 
 
 def load_task(settings: Settings) -> Task:
@@ -89,6 +90,7 @@ def members_mesh(settings: Settings) -> Mesh | None:
 def _baseline(name, folder: Folder, settings: Settings, task, mesh, out: Output) -> None:
     """One row of the table, unless it is there already."""
     if folder.read_json(f"results/{name}.json"):
+        folder.event_once("baseline", settings.updates, baseline=name)
         return
     if name == "optuna" and importlib.util.find_spec("optuna") is None:
         out.line('Optuna is not installed; pip install "hyperjax[optuna]" adds its row')
@@ -103,7 +105,7 @@ def _baseline(name, folder: Folder, settings: Settings, task, mesh, out: Output)
         search = _baselines.random_search if name == "random" else _baselines.optuna_tpe
         params, valid, _, *timing = search(task, settings, mesh)
     write_result(folder, name, settings, task, params, valid, steps, timing)
-    folder.event("baseline", settings.updates, baseline=name)
+    folder.event_once("baseline", settings.updates, baseline=name)
 
 
 def _schedules(folder: Folder) -> np.ndarray:
