@@ -21,6 +21,15 @@ STEPS = 60  # of ridge: see `ridge`
 CONTRACTION = 0.5
 ROWS, FEATURES = 40, 5  # ROWS is a multiple of the 8 devices
 
+# Tests wait for the compiler, not for what it makes: half as long without its optimizations.
+jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
+
 
 class Problem(NamedTuple):
     loss: Callable
@@ -257,7 +266,7 @@ def case(name: str, axis=None, **options) -> Case:
     if name != "best_response":
         return Case(p, response, lambda h: ridge_answers(h, p.split))
     train = hj.unroll(p.inner.step)
-    fit = jax.jit(lambda h: train(h, p.inner.init(p.params, h), p.split.train)[0])
+    fit = jit(lambda h: train(h, p.inner.init(p.params, h), p.split.train)[0])
     return Case(p, response, lambda h: affine_answers(fit(h), h, p.split))
 
 

@@ -11,7 +11,7 @@ import problems
 import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from problems import CONTRACTION, RESPONSES, STEPS, case, central_difference, directions, error
+from problems import CONTRACTION, RESPONSES, STEPS, case, central_difference, directions, error, jit
 
 import hyperjax as hj
 
@@ -47,19 +47,19 @@ def eager(make):
 def jitted(make):
     c = make(None)
     h = c.problem.hparams
-    return error(jax.jit(estimate(c))(h, c.problem.split), expected(c, h))
+    return error(jit(estimate(c))(h, c.problem.split), expected(c, h))
 
 
 def forward_mode(make):
     c = make(None)
     h = c.problem.hparams
-    return error(jax.jit(estimate(c, "forward"))(h, c.problem.split), expected(c, h))
+    return error(jit(estimate(c, "forward"))(h, c.problem.split), expected(c, h))
 
 
 def vmapped(make):
     c = make(None)
     h = settings(c, 3)
-    got = jax.jit(jax.vmap(estimate(c), (0, None)))(h, c.problem.split)
+    got = jit(jax.vmap(estimate(c), (0, None)))(h, c.problem.split)
     return error(got, stacked(c, h))
 
 
@@ -68,7 +68,7 @@ def sharded_data(make):
     mesh, h = problems.mesh("data"), c.problem.hparams
     place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
     split = jax.tree.map(place, c.problem.split, problems.shard(c.problem.split, "data"))
-    return error(jax.jit(estimate(c))(h, split), expected(c, h))
+    return error(jit(estimate(c))(h, split), expected(c, h))
 
 
 def shard_map_data(make):
@@ -80,7 +80,7 @@ def shard_map_data(make):
         in_specs=(PartitionSpec(), problems.shard(split, "data")),
         out_specs=PartitionSpec(),
     )
-    return error(jax.jit(mapped)(h, split), expected(make(None), h))
+    return error(jit(mapped)(h, split), expected(make(None), h))
 
 
 def shard_map_members(make):
@@ -96,7 +96,7 @@ def shard_map_members(make):
         in_specs=(members, PartitionSpec(), members),
         out_specs=members,
     )
-    return error(jax.jit(mapped)(h, c.problem.split, params), stacked(c, h))
+    return error(jit(mapped)(h, c.problem.split, params), stacked(c, h))
 
 
 def settings(c, count):
@@ -135,58 +135,66 @@ def test_ridge_contracts_as_stated():
 # -------------------------------------------------- against finite differences, to 1e-6
 
 
+def converged_net() -> problems.Problem:
+    """3,000 steps with much momentum bring the net to a stationary point: a test checks it."""
+    return problems.net(steps=3000, momentum=0.9)
+
+
+@functools.cache
+def slopes(make):
+    """A problem, directions in its hparams, and the central differences along them."""
+    p = make()
+    value = jit(problems.objective(hj.unroll(p.inner.step), p))
+    along = directions(p.hparams, count=3)
+    return p, along, [central_difference(value, p.hparams, d) for d in along]
+
+
+def check(grad, make):
+    _, along, differences = slopes(make)
+    size = optax.tree.norm(grad)
+    for direction, difference in zip(along, differences, strict=True):
+        assert abs(optax.tree.vdot(direction, grad) - difference) < 1e-6 * size
+
+
 @pytest.mark.parametrize("name", list(problems.UNROLLS)[:4])
-@pytest.mark.parametrize("problem", [problems.logistic(), problems.net()], ids=["logistic", "net"])
-def test_unroll_agrees_with_central_differences(problem, name):
-    value = jax.jit(problems.objective(hj.unroll(problem.inner.step), problem))
-    response = hj.unroll(problem.inner.step, **problems.UNROLLS[name])
-    grad = jax.jit(jax.grad(problems.objective(response, problem)))(problem.hparams)
-    compare(value, grad, problem.hparams)
+@pytest.mark.parametrize("make", [problems.logistic, problems.net])
+def test_unroll_agrees_with_central_differences(make, name):
+    p, _, _ = slopes(make)
+    response = hj.unroll(p.inner.step, **problems.UNROLLS[name])
+    check(jit(jax.grad(problems.objective(response, p)))(p.hparams), make)
 
 
-@pytest.mark.parametrize("problem", [problems.logistic(), problems.net()], ids=["logistic", "net"])
-def test_forward_mode_agrees_with_central_differences(problem):
-    value = jax.jit(problems.objective(hj.unroll(problem.inner.step), problem))
-    grad = jax.jit(jax.jacfwd(problems.objective(hj.unroll(problem.inner.step), problem)))
-    compare(value, grad(problem.hparams), problem.hparams)
+@pytest.mark.parametrize("make", [problems.logistic, problems.net])
+def test_forward_mode_agrees_with_central_differences(make):
+    p, _, _ = slopes(make)
+    value = problems.objective(hj.unroll(p.inner.step), p)
+    check(jit(jax.jacfwd(value))(p.hparams), make)
 
 
-# 3,000 steps with much momentum bring the net to a stationary point: the test checks it.
-@pytest.mark.parametrize(
-    "problem",
-    [problems.logistic(), problems.net(steps=3000, momentum=0.9)],
-    ids=["logistic", "net"],
-)
-def test_implicit_agrees_with_central_differences(problem):
-    train = hj.unroll(problem.inner.step)
-    value = jax.jit(problems.objective(train, problem))
-    response = hj.implicit(train, hj.stationary(problem.loss), solve=hj.cg(tol=1e-12))
-    estimator = hj.hypergradient(response, problem.score, problem.inner.init)
-    carry = problem.inner.init(problem.params, problem.hparams)
-    result, _ = jax.jit(estimator.estimate)(problem.hparams, carry, problem.split)
+@pytest.mark.parametrize("make", [problems.logistic, converged_net])
+def test_implicit_agrees_with_central_differences(make):
+    p, _, _ = slopes(make)
+    train = hj.unroll(p.inner.step)
+    response = hj.implicit(train, hj.stationary(p.loss), solve=hj.cg(tol=1e-12))
+    estimator = hj.hypergradient(response, p.score, p.inner.init)
+    carry = p.inner.init(p.params, p.hparams)
+    result, _ = jit(estimator.estimate)(p.hparams, carry, p.split)
     assert result.info.stationarity < 1e-10
     assert result.info.solve.residual < 1e-11
-    compare(value, result.grad, problem.hparams)
-
-
-def compare(value, grad, hparams):
-    size = optax.tree.norm(grad)
-    for direction in directions(hparams, count=3):
-        slope = optax.tree.vdot(direction, grad)
-        assert abs(slope - central_difference(value, hparams, direction)) < 1e-6 * size
+    check(result.grad, make)
 
 
 # ------------------------------------------------------- known bias, which a knob removes
 
 
 def gradient_error(response, problem):
-    got = jax.jit(jax.grad(problems.objective(response, problem)))(problem.hparams)
+    got = jit(jax.grad(problems.objective(response, problem)))(problem.hparams)
     return error(got, problems.ridge_answers(problem.hparams, problem.split).gradient)
 
 
 def test_truncation_bias_shrinks_with_the_contraction():
     p = problems.ridge()
-    tails = (1, 2, 4, 8, 16)
+    tails = (1, 4, 16)
     bias = [gradient_error(hj.unroll(p.inner.step, truncate=k), p) for k in tails]
     assert all(later < sooner for sooner, later in itertools.pairwise(bias))
     # Shaban et al. 2019, Proposition 3.1: what is left out contracts once per step kept.
@@ -205,21 +213,21 @@ def test_truncated_gradient_is_that_of_the_tail():
     _, middle = run(p.hparams, p.inner.init(p.params, p.hparams), head)
     only_tail = jax.grad(lambda h: p.score(run(h, middle, tail)[0], h, p.split.valid))
     truncated = jax.grad(problems.objective(hj.unroll(p.inner.step, truncate=6), p))
-    assert error(jax.jit(truncated)(p.hparams), jax.jit(only_tail)(p.hparams)) < 1e-14
+    assert error(jit(truncated)(p.hparams), jit(only_tail)(p.hparams)) < 1e-14
 
 
-@pytest.mark.parametrize("checkpoint", [4, "sqrt", "binomial"])
+@pytest.mark.parametrize("checkpoint", [4, "binomial"])
 def test_truncation_and_checkpoints_combine(checkpoint):
     p = problems.net(steps=16)
     plain = jax.grad(problems.objective(hj.unroll(p.inner.step, truncate=9), p))
     both = hj.unroll(p.inner.step, truncate=9, checkpoint=checkpoint)
     combined = jax.grad(problems.objective(both, p))
-    assert error(jax.jit(combined)(p.hparams), jax.jit(plain)(p.hparams)) < 1e-14
+    assert error(jit(combined)(p.hparams), jit(plain)(p.hparams)) < 1e-14
 
 
 def test_neumann_bias_shrinks_with_its_terms():
     p = problems.ridge()
-    counts = (1, 2, 4, 8, 16)
+    counts = (1, 4, 16)
     optimality, train = hj.stationary(p.loss), hj.unroll(p.inner.step)
     bias = [
         gradient_error(hj.implicit(train, optimality, solve=hj.neumann(k, 0.6)), p) for k in counts
@@ -234,7 +242,7 @@ def test_truncated_cg_is_biased_until_it_has_all_directions():
     optimality, train = hj.stationary(p.loss), hj.unroll(p.inner.step)
     bias = [
         gradient_error(hj.implicit(train, optimality, solve=hj.cg(maxiter=k, tol=0)), p)
-        for k in range(1, problems.FEATURES + 1)
+        for k in (1, problems.FEATURES - 1, problems.FEATURES)
     ]
     assert all(later < sooner for sooner, later in itertools.pairwise(bias))
     assert bias[-2] > 1e-6
@@ -252,7 +260,7 @@ def test_carry_continues_the_run(name):
     if "truncate" in name:
         pytest.skip("half a run is shorter than the tail")
     halves = [jax.tree.map(lambda x, s=s: x[s], p.split.train) for s in (slice(30), slice(30, 60))]
-    run = jax.jit(c.response)
+    run = jit(c.response)
     whole = run(p.hparams, p.inner.init(p.params, p.hparams), p.split.train)
     _, carry = run(p.hparams, p.inner.init(p.params, p.hparams), halves[0])
     assert error(run(p.hparams, carry, halves[1]), whole) < 1e-14
@@ -286,8 +294,8 @@ def test_implicit_never_differentiates_training():
     response = hj.implicit(descend_until_flat(p), hj.stationary(p.loss), solve=hj.cg(tol=1e-14))
     value = problems.objective(response, p, lambda params, h: params)
     answers = problems.ridge_answers(p.hparams, p.split)
-    assert error(jax.jit(jax.grad(value))(p.hparams), answers.gradient) < EXACT
-    assert error(jax.jit(jax.hessian(value))(p.hparams), answers.hessian) < EXACT
+    assert error(jit(jax.grad(value))(p.hparams), answers.gradient) < EXACT
+    assert error(jit(jax.hessian(value))(p.hparams), answers.hessian) < EXACT
 
 
 def test_implicit_reports_a_run_that_is_not_done():
@@ -316,14 +324,14 @@ def test_best_response_never_differentiates_training():
     response = hj.best_response(problems.affine, train)
     phi, _ = fit(p.hparams, p.inner.init(p.params, p.hparams), p.split.train)
     answers = problems.affine_answers(phi, p.hparams, p.split)
-    got = jax.jit(jax.grad(problems.objective(response, p)))(p.hparams)
+    got = jit(jax.grad(problems.objective(response, p)))(p.hparams)
     assert error(got, answers.gradient) < EXACT
 
 
 def test_best_response_learns_the_direction_of_the_exact_hypergradient():
     p = problems.ridge_hypernet(steps=2000)
     response = hj.best_response(problems.affine, hj.unroll(p.inner.step))
-    got = jax.jit(jax.grad(problems.objective(response, p)))(p.hparams)
+    got = jit(jax.grad(problems.objective(response, p)))(p.hparams)
     plain = hj.Split(p.split.train[:2], p.split.valid)
     exact = problems.ridge_answers(p.hparams, plain).gradient
     cosine = got @ exact / (np.linalg.norm(got) * np.linalg.norm(exact))

@@ -16,7 +16,7 @@ import optax
 import problems
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from problems import Case, case, error, last
+from problems import Case, case, error, jit, last
 
 import hyperjax as hj
 
@@ -68,14 +68,14 @@ DIRECTION = np.random.default_rng(9).normal(size=problems.FEATURES)
 def _(name):
     c = case(name)
     h = c.problem.hparams
-    return error(jax.jit(jax.grad(value(c)))(h), c.answers(h).gradient)
+    return error(jit(jax.grad(value(c)))(h), c.answers(h).gradient)
 
 
 @row("`jvp`")
 def _(name):
     c = case(name)
     h = c.problem.hparams
-    slope = jax.jit(lambda h, d: jax.jvp(value(c), (h,), (d,))[1])(h, jnp.asarray(DIRECTION))
+    slope = jit(lambda h, d: jax.jvp(value(c), (h,), (d,))[1])(h, jnp.asarray(DIRECTION))
     return error(slope, c.answers(h).gradient @ DIRECTION)
 
 
@@ -83,14 +83,14 @@ def _(name):
 def _(name):
     c = case(name)
     h = c.problem.hparams
-    return error(jax.jit(jax.jacfwd(params(c)))(h), c.answers(h).jacobian)
+    return error(jit(jax.jacfwd(params(c)))(h), c.answers(h).jacobian)
 
 
 @row("`jacrev` of the params")
 def _(name):
     c = case(name)
     h = c.problem.hparams
-    return error(jax.jit(jax.jacrev(params(c)))(h), c.answers(h).jacobian)
+    return error(jit(jax.jacrev(params(c)))(h), c.answers(h).jacobian)
 
 
 @row("`grad`, hparams captured by a closure")
@@ -107,7 +107,7 @@ def _(name):
         w, _ = response(jnp.zeros(()), p.inner.init(p.params, h), p.split.train)
         return p.score(w, h, p.split.valid)
 
-    return error(jax.jit(jax.grad(captured))(p.hparams), c.answers(p.hparams).gradient)
+    return error(jit(jax.grad(captured))(p.hparams), c.answers(p.hparams).gradient)
 
 
 @row("`grad` in the training data")
@@ -121,7 +121,7 @@ def _(name):
 
     # Every step sees the same labels: their derivative is the sum over steps. For best_response it
     # is zero, since the hypernetwork's training counts as constant.
-    per_step = jax.jit(jax.grad(of_labels))(p.split.train[1])
+    per_step = jit(jax.grad(of_labels))(p.split.train[1])
     return error(per_step.sum(0), c.answers(p.hparams).data)
 
 
@@ -131,7 +131,7 @@ def _(name):
 def hessian_error(name, outer, inner):
     c = case(name)
     h = c.problem.hparams
-    return error(jax.jit(outer(inner(value(c))))(h), c.answers(h).hessian)
+    return error(jit(outer(inner(value(c))))(h), c.answers(h).hessian)
 
 
 @row("Hessian, forward over reverse")
@@ -159,14 +159,14 @@ def estimate(c: Case) -> Callable:
 def _(name):
     c = case(name)
     p = c.problem
-    return error(jax.jit(jax.jacfwd(estimate(c)))(p.hparams, p.split), c.answers(p.hparams).hessian)
+    return error(jit(jax.jacfwd(estimate(c)))(p.hparams, p.split), c.answers(p.hparams).hessian)
 
 
 @row("`jacrev` of `Estimate.grad`")
 def _(name):
     c = case(name)
     p = c.problem
-    return error(jax.jit(jax.jacrev(estimate(c)))(p.hparams, p.split), c.answers(p.hparams).hessian)
+    return error(jit(jax.jacrev(estimate(c)))(p.hparams, p.split), c.answers(p.hparams).hessian)
 
 
 # --------------------------------------------------------- batching, loops, devices
@@ -176,16 +176,14 @@ def _(name):
 def _(name):
     c = case(name)
     h = settings(c, 3)
-    return error(jax.jit(jax.vmap(value(c)))(h), np.stack([c.answers(x).value for x in h]))
+    return error(jit(jax.vmap(value(c)))(h), np.stack([c.answers(x).value for x in h]))
 
 
 @row("`vmap` of `grad`")
 def _(name):
     c = case(name)
     h = settings(c, 3)
-    return error(
-        jax.jit(jax.vmap(jax.grad(value(c))))(h), np.stack([c.answers(x).gradient for x in h])
-    )
+    return error(jit(jax.vmap(jax.grad(value(c))))(h), np.stack([c.answers(x).gradient for x in h]))
 
 
 @row("`grad` in a `scan`")
@@ -193,7 +191,7 @@ def _(name):
     c = case(name)
     start = c.problem.hparams
     descend = lambda h, _: (h - 0.5 * jax.grad(value(c))(h), None)
-    end, _ = jax.jit(lambda h: jax.lax.scan(descend, h, None, length=3))(start)
+    end, _ = jit(lambda h: jax.lax.scan(descend, h, None, length=3))(start)
     expected = start
     for _ in range(3):
         expected = expected - 0.5 * c.answers(expected).gradient
@@ -204,7 +202,7 @@ def _(name):
 def _(name):
     c = case(name)
     h = c.problem.hparams
-    return error(jax.jit(jax.grad(jax.checkpoint(value(c))))(h), c.answers(h).gradient)
+    return error(jit(jax.grad(jax.checkpoint(value(c))))(h), c.answers(h).gradient)
 
 
 @row("`grad`, data sharded over 8 devices")
@@ -213,7 +211,7 @@ def _(name):
     mesh, p = problems.mesh("data"), c.problem
     place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
     split = jax.tree.map(place, p.split, problems.shard(p.split, "data"))
-    return error(jax.jit(jax.grad(value(c)))(p.hparams, split), c.answers(p.hparams).gradient)
+    return error(jit(jax.grad(value(c)))(p.hparams, split), c.answers(p.hparams).gradient)
 
 
 def over_data(name, transform):
@@ -226,7 +224,7 @@ def over_data(name, transform):
         in_specs=(PartitionSpec(), problems.shard(p.split, "data")),
         out_specs=PartitionSpec(),
     )
-    return jax.jit(mapped)(p.hparams, p.split), case(name).answers(p.hparams)
+    return jit(mapped)(p.hparams, p.split), case(name).answers(p.hparams)
 
 
 @row("`grad` in `shard_map`")
@@ -271,7 +269,7 @@ def _(name):
         out_specs=members,
     )
     starts = problems.repeat(p.params, 8)
-    return error(jax.jit(mapped)(h, starts), np.stack([c.answers(x).gradient for x in h]))
+    return error(jit(mapped)(h, starts), np.stack([c.answers(x).gradient for x in h]))
 
 
 # --------------------------------------------------------------- what losses are made of
@@ -281,7 +279,7 @@ def _(name):
 def _(name):
     c = case(name) if name == "best_response" else case(name, keyed=True)
     h = c.problem.hparams
-    return error(jax.jit(jax.grad(value(c)))(h), c.answers(h).gradient)
+    return error(jit(jax.grad(value(c)))(h), c.answers(h).gradient)
 
 
 @jax.custom_vjp
@@ -303,21 +301,21 @@ reverse_only.defvjp(lambda x: (reverse_only(x), x), lambda x, ct: (double(x) * c
 def _(name):
     c = case(name, square=reverse_only)
     p = c.problem
-    return error(jax.jit(estimate(c))(p.hparams, p.split), c.answers(p.hparams).gradient)
+    return error(jit(estimate(c))(p.hparams, p.split), c.answers(p.hparams).gradient)
 
 
 @row("`grad`, an op with only a `custom_vjp` in the loss")
 def _(name):
     c = case(name, square=reverse_only)
     h = c.problem.hparams
-    return error(jax.jit(jax.grad(value(c)))(h), c.answers(h).gradient)
+    return error(jit(jax.grad(value(c)))(h), c.answers(h).gradient)
 
 
 @row("`jvp`, an op with only a `custom_vjp` in the loss")
 def _(name):
     c = case(name, square=reverse_only)
     h = c.problem.hparams
-    slope = jax.jit(lambda h, d: jax.jvp(value(c), (h,), (d,))[1])(h, jnp.asarray(DIRECTION))
+    slope = jit(lambda h, d: jax.jvp(value(c), (h,), (d,))[1])(h, jnp.asarray(DIRECTION))
     return error(slope, c.answers(h).gradient @ DIRECTION)
 
 
@@ -341,7 +339,7 @@ def _(name):
         x, y = last(p.split.train)
         return 0.5 * jnp.mean((x @ params(c)(h) - y) ** 2)
 
-    return error(jax.jit(jax.grad(top))(0.0), top_slope(p, np.asarray(center)))
+    return error(jit(jax.grad(top))(0.0), top_slope(p, np.asarray(center)))
 
 
 def top_slope(p, center) -> np.ndarray:
