@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ._errors import AppError
 from ._output import Output
-from ._settings import EXCHANGES, METHODS, Settings, make_settings
+from ._settings import EXCHANGES, METHODS, Settings, describe, make_settings
 
 DONE, BAD_INPUT, INTERRUPTED = 0, 2, 3
 
@@ -205,12 +205,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_tune(sub: argparse.ArgumentParser) -> None:
     default = Settings()
+    sub.formatter_class = argparse.RawDescriptionHelpFormatter
+    sub.epilog = "settings, with their defaults:\n" + describe()
     sub.add_argument("task", metavar="TASK|module:task", help="digits, a9a, mnist, or your own")
     sub.add_argument("--method", metavar="NAME", help=f"{', '.join(METHODS)} (default unroll)")
     sub.add_argument("--members", type=int, help=f"replicas per seed (default {default.members})")
     sub.add_argument("--seeds", type=int, help=f"independent studies (default {default.seeds})")
     sub.add_argument("--seed", type=int, help="the first seed; the others follow (default 0)")
     sub.add_argument("--exchange", metavar="NAME", help=f"{', '.join(EXCHANGES)}")
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="see below; repeatable"
+    )
     sub.add_argument("--data-dir", metavar="DIR", help="where a9a, mnist, ... are")
     sub.add_argument("--out", metavar="DIR", help="run folder (default runs/TASK-METHOD-TIME)")

@@ -18,29 +18,33 @@ EXCHANGES = ("tournament", "truncation", "isolation")
 _SEEDS = 2**31  # beyond, JAX would wrap them around in 32 bits
 
 
+def _field(default: Any, meaning: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": meaning})
+
+
 @dataclass(frozen=True)
 class Settings:
     """A run. Every field can be changed by `--set field=value`."""
 
-    task: str = "digits"
-    method: str = "unroll"
-    members: int = 32  # replicas per seed
-    seeds: int = 5  # independent studies, all in one program
-    seed: int = 0  # of the first study; the others follow
-    inner_steps: int = 600  # training steps per member
-    every: int = 20  # training steps between two updates of the hyperparameters
-    outer_lr: float = 0.1  # Adam on raw hyperparameters
-    exchange: str = "tournament"
-    exchange_every: int = 3  # updates between two exchanges
-    explore: float = 0.3  # deviation of the noise on a copy's raw hyperparameters
-    cg_steps: int = 10  # implicit: products with the Hessian
-    damping: float = 1.0  # implicit: added to the Hessian, which is indefinite for networks
-    sigma: float = 0.5  # best_response: deviation of the perturbed raw hyperparameters
-    chunk: int = 0  # members trained at once on a device; 0 chooses
-    devices: int = 0  # devices to spread members over; 0 takes all that divide them
-    updates_per_chunk: int = 5  # updates per compiled call, between progress and checkpoints
-    baselines: tuple[str, ...] = ("replay", "random", "optuna")
-    data_dir: str = ""
+    task: str = _field("digits", "digits, a9a, mnist, or module:task")
+    method: str = _field("unroll", ", ".join(METHODS))
+    members: int = _field(32, "replicas per seed")
+    seeds: int = _field(5, "independent studies, all in one program")
+    seed: int = _field(0, "of the first study; the others follow")
+    inner_steps: int = _field(600, "training steps per member")
+    every: int = _field(20, "training steps between two updates of the hyperparameters")
+    outer_lr: float = _field(0.1, "of Adam on raw hyperparameters")
+    exchange: str = _field("tournament", ", ".join(EXCHANGES))
+    exchange_every: int = _field(3, "updates between two exchanges")
+    explore: float = _field(0.3, "deviation of the noise on a copy's raw hyperparameters")
+    cg_steps: int = _field(10, "implicit: products with the Hessian")
+    damping: float = _field(1.0, "implicit: added to the Hessian, indefinite for networks")
+    sigma: float = _field(0.5, "best_response: deviation of perturbed raw hyperparameters")
+    chunk: int = _field(0, "members trained at once on a device; 0 chooses")
+    devices: int = _field(0, "to spread members over; 0 takes all that divide them")
+    updates_per_chunk: int = _field(5, "most updates per compiled call and checkpoint")
+    baselines: tuple[str, ...] = _field(("replay", "random", "optuna"), "rows to compare with")
+    data_dir: str = _field("", "where a9a, mnist, ... are; else HYPERJAX_DATA")
 
     @property
     def updates(self) -> int:
@@ -68,6 +72,15 @@ def make_settings(given: dict[str, Any], assignments: list[str]) -> Settings:
     settings = _settings(values)
     _validate(settings)
     return settings
+
+
+def describe() -> str:
+    """All settings with their defaults and meanings, a line each."""
+    lines = []
+    for name, f in _fields().items():
+        default = ",".join(f.default) if name == "baselines" else f.default
+        lines.append(f"  {f'{name}={default}':<38}{f.metadata['help']}")
+    return "\n".join(lines)
 
 
 def _fields() -> dict[str, dataclasses.Field]:
