@@ -167,7 +167,8 @@ class Space:
         keys = jax.random.split(key, len(self.names))
         table = jax.vmap(lambda k: jax.random.permutation(k, offsets), out_axes=1)(keys)
         spread = self._split(table, lambda r, block: block)
-        return jax.tree.map(lambda x, d: (x + d).astype(jnp.result_type(x)), raw, spread)
+        shift = lambda x, d: (jnp.asarray(x)[None] + d).astype(jnp.result_type(x))
+        return jax.tree.map(shift, raw, spread)
 
     @property
     def names(self) -> tuple[str, ...]:
