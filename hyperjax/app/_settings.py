@@ -151,7 +151,9 @@ def load(path: Path) -> Settings:
         raise AppError(f"{path} is damaged: it is not YAML. Start the run again.") from None
     if not isinstance(values, dict) or "format" not in values:
         raise AppError(f"{path} was not written by hyperjax: it has no `format`.")
-    if not isinstance(values["format"], int) or values["format"] > FORMAT:
+    if type(values["format"]) is not int or values["format"] < 1:
+        raise AppError(f"{path} is damaged: its format is {values['format']!r}.")
+    if values["format"] > FORMAT:
         raise AppError(
             f"{folder} was written by a newer hyperjax ({values.get('hyperjax')}, format "
             f"{values['format']}; this one reads up to {FORMAT}). Upgrade to read it."
@@ -159,16 +161,25 @@ def load(path: Path) -> Settings:
     known = _fields()
     foreign = set(values) - set(known) - {"format", "hyperjax"}
     if foreign or not set(known) <= set(values):
-        odd = sorted(foreign or set(known) - set(values))[0]
+        odd = min(foreign or set(known) - set(values), key=str)
         fault = "has an unknown key" if foreign else "lacks the key"
         raise AppError(f"{path} {fault} {odd!r}: it was edited or damaged.")
-    for name, field in known.items():
-        kind = list if name == "baselines" else type(field.default)
-        if type(values[name]) is not kind:
-            raise AppError(f"{path}: `{name}` must be {kind.__name__}; got {values[name]!r}.")
-    settings = _settings({k: values[k] for k in known} | {"baselines": tuple(values["baselines"])})
+    given = {name: _typed(path, name, values[name], type(f.default)) for name, f in known.items()}
+    settings = _settings(given)
     _validate(settings)
     return settings
+
+
+def _typed(path: Path, name: str, value: Any, kind: type) -> Any:
+    """A value as its field holds it; a whole number may stand for a real one."""
+    if kind is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        wanted = "a list of names" if kind is tuple else kind.__name__
+        raise AppError(f"{path}: `{name}` must be {wanted}; got {value!r}.")
+    return value
 
 
 def _settings(values: dict[str, Any]) -> Settings:
