@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from . import _checks, _tree
-from ._types import Exchange, HParams, Key, Params, PyTree, Split, State, Tuner
+from ._types import Exchange, HParams, Key, Params, PyTree, Scalar, Split, State, Tuner
 
 
 class PopulationState(NamedTuple):
@@ -18,6 +18,8 @@ class PopulationState(NamedTuple):
 
 
 class PopulationMetrics(NamedTuple):
+    value: Scalar  # the best score among the members, so that a population can be a member too
+    finite: jax.Array  # whether any member's score was
     members: PyTree  # metrics of every member, [P, ...]
     events: PyTree  # what the exchange did
 
@@ -62,7 +64,11 @@ def population(
         key, now = jax.random.split(state.key)
         score = jnp.where(metrics.finite, metrics.value, jnp.nan)
         members, xstate, events = exchange.apply(now, state.exchange, members, score)
-        return PopulationState(members, xstate, key), PopulationMetrics(metrics, events)
+        finite = jnp.isfinite(score).any()
+        best = jnp.where(finite, jnp.nanmin(score), jnp.nan)
+        return PopulationState(members, xstate, key), PopulationMetrics(
+            best, finite, metrics, events
+        )
 
     return Tuner(init, step)
 

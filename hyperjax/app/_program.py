@@ -82,7 +82,7 @@ def compile_program(task: Task, method: Method, settings: Settings, mesh: Mesh |
             return jax.vmap(update, (0, 0, None))(state, keys, t)
 
         state, metrics = jax.lax.scan(body, state, first + jnp.arange(settings.updates_per_call))
-        members, events = metrics
+        members, events = metrics.members, metrics.events
         solve = getattr(members.info, "solve", None)
         missing = jnp.full_like(members.value, jnp.nan)
         return state, History(
