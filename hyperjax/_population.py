@@ -64,11 +64,10 @@ def population(
         key, now = jax.random.split(state.key)
         score = jnp.where(metrics.finite, metrics.value, jnp.nan)
         members, xstate, events = exchange.apply(now, state.exchange, members, score)
-        finite = jnp.isfinite(score).any()
-        best = jnp.where(finite, jnp.nanmin(score), jnp.nan)
-        return PopulationState(members, xstate, key), PopulationMetrics(
-            best, finite, metrics, events
-        )
+        sound = jnp.isfinite(score)
+        best = jnp.where(sound.any(), jnp.where(sound, score, jnp.inf).min(), jnp.nan)
+        metrics = PopulationMetrics(best, sound.any(), metrics, events)
+        return PopulationState(members, xstate, key), metrics
 
     return Tuner(init, step)
 
