@@ -68,6 +68,8 @@ def _forward(response, score, hparams, carry, split):
         return value, (value, end)
 
     grad, (value, carry) = jax.jacfwd(objective, has_aux=True)(hparams)
+    # jacfwd gives the type of the score, reverse mode that of each hyperparameter.
+    grad = jax.tree.map(lambda g, h: g.astype(jnp.result_type(h)), grad, hparams)
     return Estimate(value, grad, ()), carry
 
 
