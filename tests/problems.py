@@ -325,6 +325,7 @@ class Game(NamedTuple):
     problem: Problem
     respond: Callable  # the follower's best response, in numpy
     leader: np.ndarray  # where the leader's score is least, given that the follower responds
+    hessian: np.ndarray  # of the leader's score, given the same
 
 
 def game(axis=None, *, steps: int = 60) -> Game:
@@ -350,8 +351,9 @@ def game(axis=None, *, steps: int = 60) -> Game:
     slope = np.linalg.solve(q, r)
     rest = np.linalg.solve(q, data.mean(0))
     # Stationary for the leader: slope'(slope h + rest - goal) + h / 2 = 0.
-    leader = np.linalg.solve(slope.T @ slope + 0.5 * np.eye(2), slope.T @ (goal - rest))
-    return Game(problem, lambda h: slope @ np.asarray(h) + rest, leader)
+    hessian = slope.T @ slope + 0.5 * np.eye(2)
+    leader = np.linalg.solve(hessian, slope.T @ (goal - rest))
+    return Game(problem, lambda h: slope @ np.asarray(h) + rest, leader, hessian)
 
 
 # -------------------------------------------------------------------------- comparisons
