@@ -1,6 +1,8 @@
 """The `hyperjax` command."""
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -43,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _quiet() -> int:
     """Nobody reads standard output any more: write the rest of it nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(io.UnsupportedOperation):  # it may be no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return DONE
 
 

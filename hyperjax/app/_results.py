@@ -1,5 +1,6 @@
 """Rows of the closing table, and schedules: what the phases of a run hand to one another."""
 
+import zipfile
 from pathlib import Path
 
 import jax
@@ -48,7 +49,7 @@ def load_schedules(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise AppError(
             f"{path} has no schedule yet: tuning has not finished. Run `hyperjax resume {path}`."
         ) from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise AppError(f"{path / 'schedule.npz'} is damaged: {error}.") from None
 
 
