@@ -82,9 +82,9 @@ def test_batches_are_deterministic_and_extend_one_another(digits, key):
     short, long = digits.batches(key, 5), digits.batches(key, 8)
     assert short["index"].shape == (5, 64) and short["index"].dtype == jnp.int32
     assert np.array_equal(short["index"], long["index"][:5])
-    draw = jax.vmap(jax.random.key_data)
-    assert np.array_equal(draw(short["key"]), draw(long["key"][:5]))
-    assert len(np.unique(draw(long["key"]), axis=0)) == 8
+    assert short["noise"].shape == (5, 64, 64 + 128 + 128)
+    assert np.array_equal(short["noise"], long["noise"][:5])
+    assert len(np.unique(long["noise"][:, 0, 0])) == 8
     other = digits.batches(jax.random.key(1), 5)
     assert not np.array_equal(short["index"], other["index"])
     assert set(np.unique(long["index"])) <= set(rows(digits)[0])
@@ -139,9 +139,11 @@ def test_derivatives_are_finite_at_the_ends_of_the_ranges(digits, key, raw):
 
 
 def test_dropout_noise_has_the_variance_it_is_told(digits, key):
-    params = digits.init(key)
-    factors = _mlp.gaussian_dropout(key, jnp.array([0.04, 0.25]), params, 4000)
-    count = 4000 * 128
+    noise = digits.whole(key)["noise"]
+    assert noise.shape == (599, 64 + 128 + 128)
+    layers = [noise[:, 64:192], noise[:, 192:]]
+    factors = _mlp.gaussian_dropout(jnp.array([0.04, 0.25]), layers)
+    count = 599 * 128
     for factor, variance in zip(factors, (0.04, 0.25), strict=True):
         # five standard errors of a mean and of a variance
         assert abs(factor.mean() - 1) < 5 * math.sqrt(variance / count)

@@ -31,16 +31,17 @@ def classifier(name: str, images: Images, hidden: tuple[int, ...], batch: int) -
     """
     sizes = (images.pixels.shape[1], *hidden, images.classes)
     read = _reader(images)
+    draw = _with_noise(sum(sizes[:-1]))
     score = _score(read)
     return Task(
         name=name,
         init=lambda key: _mlp.init(key, sizes),
-        loss=_loss(read, images.classes),
+        loss=_loss(read, images.classes, sizes[:-1]),
         score=score,
         space=hyperparameters(len(hidden)),
         optimizer=lambda h: optax.sgd(h["lr"], momentum=h["momentum"]),
-        batches=minibatches(images.rows.train, batch),
-        whole=everything(images.rows.train),
+        batches=lambda key, steps: draw(minibatches(images.rows.train, batch)(key, steps)),
+        whole=lambda key: draw(everything(images.rows.train)(key)),
         valid=fixed(images.rows.valid),
         test=fixed(images.rows.test),
         evaluate=_evaluate(read),
@@ -70,6 +71,23 @@ def hyperparameters(hidden: int) -> Space:
     )
 
 
+def _with_noise(width: int) -> Callable[[Batch], Batch]:
+    """The key of a batch, or of each of its steps, replaced by noise: [..., rows, width].
+
+    Standard normal, one column for each input and hidden unit. Drawn with the batch rather than in
+    the loss, it costs a population once what it would cost every member: on a CPU the random
+    numbers of a small model take longer than its matrix products.
+    """
+
+    def draw(batch: Batch) -> Batch:
+        index, keys = batch["index"], batch["key"]
+        normal = lambda key: jax.random.normal(key, (index.shape[-1], width), jnp.float32)
+        noise = jax.vmap(normal)(keys) if keys.ndim else normal(keys)
+        return {"index": index, "noise": noise}
+
+    return draw
+
+
 Reader = Callable[[jax.Array, jnp.dtype], tuple[jax.Array, jax.Array]]
 
 
@@ -90,14 +108,16 @@ def _reader(images: Images) -> Reader:
     return read
 
 
-def _loss(read: Reader, classes: int) -> Loss:
+def _loss(read: Reader, classes: int, widths: tuple[int, ...]) -> Loss:
+    ends = np.cumsum(widths)[:-1].tolist()
+
     def loss(params: Params, hparams: HParams, batch: Batch) -> jax.Array:
         h = in_type_of(params, hparams)
         dtype = h["lr"].dtype
-        jitter_key, dropout_key = jax.random.split(batch["key"])
+        jitter, *dropout = jnp.split(batch["noise"].astype(dtype), ends, axis=-1)
         inputs, labels = read(batch["index"], dtype)
-        inputs = inputs + h["jitter"] * jax.random.normal(jitter_key, inputs.shape, dtype)
-        factors = _mlp.gaussian_dropout(dropout_key, h["dropout"], params, inputs.shape[0])
+        inputs = inputs + h["jitter"] * jitter
+        factors = _mlp.gaussian_dropout(h["dropout"], dropout)
         logits = _mlp.apply(params, inputs, factors)
         targets = optax.smooth_labels(jax.nn.one_hot(labels, classes, dtype=dtype), h["smoothing"])
         fit = jnp.mean(optax.softmax_cross_entropy(logits, targets))

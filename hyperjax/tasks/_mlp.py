@@ -43,20 +43,15 @@ def apply(params: Params, inputs: jax.Array, factors: Sequence[jax.Array] = ()) 
     return hidden
 
 
-def gaussian_dropout(key: Key, variances: jax.Array, params: Params, rows: int) -> list[jax.Array]:
-    """Multiplicative noise 1 + sqrt(variance) e, e standard normal, one [rows, width] a layer.
+def gaussian_dropout(variances: jax.Array, noise: list[jax.Array]) -> list[jax.Array]:
+    """Multiplicative noise 1 + sqrt(variance) e for e standard normal, one [rows, width] a layer.
 
     `variances` holds one positive number for each hidden layer. The noise is a smooth function of
     it, which masks of zeros and ones are not, so that a gradient reaches it (Srivastava et al.,
     2014, section 10; variance p / (1 - p) matches a drop rate p). It is not smooth at variance 0.
     """
     deviations = jnp.sqrt(variances)
-    factors = []
-    for i, layer_key in enumerate(jax.random.split(key, len(params) - 1)):
-        width = params[f"layer{i}"]["b"].shape[0]
-        noise = jax.random.normal(layer_key, (rows, width), deviations.dtype)
-        factors.append(1 + deviations[i] * noise)
-    return factors
+    return [1 + deviations[i] * e for i, e in enumerate(noise)]
 
 
 def penalty(params: Params, strengths: jax.Array) -> jax.Array:
