@@ -230,7 +230,8 @@ def _read_schedule(path: Path) -> Schedule | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as data:
+        # Opened here, because np.load leaves a file that is no archive open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             names = tuple(str(n) for n in data["names"])
             schedule = Schedule(names, data["values"], data["parents"], data["inner_steps"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

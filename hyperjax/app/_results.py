@@ -43,8 +43,9 @@ def write_result(
 def load_schedules(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(values [T, S, P, D], parents [T, S, P]) of a run whose tuning has finished."""
     try:
-        with np.load(path / "schedule.npz", allow_pickle=False) as file:
-            return file["values"], file["parents"]
+        # Opened here, because np.load leaves a file that is no archive open.
+        with (path / "schedule.npz").open("rb") as file, np.load(file, allow_pickle=False) as data:
+            return data["values"], data["parents"]
     except FileNotFoundError:
         raise AppError(
             f"{path} has no schedule yet: tuning has not finished. Run `hyperjax resume {path}`."
