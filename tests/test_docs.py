@@ -137,7 +137,7 @@ def split(line: str) -> list[list[str]]:
     """`a b && c` is [["a", "b"], ["c"]]."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
     lexer.whitespace_split = True
-    words = [[]]
+    words: list[list[str]] = [[]]
     for word in lexer:
         if set(word) <= set("&|;"):
             words.append([])
