@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+from typing import Any
 
 FAULT = {}
 
@@ -27,7 +28,7 @@ def watch(event: str, args: tuple) -> None:
                 os.kill(os.getpid(), number)
 
 
-def run(argv: list[str]) -> tuple[int, str, str]:
+def run(argv: list[str]) -> tuple[object, str, str]:
     from hyperjax.app import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -44,13 +45,14 @@ def limit_files(size: int) -> None:
 
 
 if __name__ == "__main__":
+    absent: Any = None
     sys.addaudithook(watch)
     for line in sys.stdin:
         command = json.loads(line)
         if "at" in command:
             FAULT.update(at=command["at"], signal=command["signal"])
         if not command["plots"]:
-            sys.modules["matplotlib"] = None  # as if it were not installed, which is faster
+            sys.modules["matplotlib"] = absent  # as if it were not installed, which is faster
         limit_files(command.get("limit", resource.RLIM_INFINITY))
         result = run(command["argv"])
         limit_files(resource.RLIM_INFINITY)

@@ -78,7 +78,8 @@ def describe() -> str:
     """All settings with their defaults and meanings, a line each."""
     lines = []
     for name, f in _fields().items():
-        default = ",".join(f.default) if name == "baselines" else f.default
+        value = getattr(Settings(), name)
+        default = ",".join(value) if isinstance(value, tuple) else value
         lines.append(f"  {f'{name}={default}':<38}{f.metadata['help']}")
     return "\n".join(lines)
 
