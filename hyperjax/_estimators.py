@@ -43,7 +43,7 @@ def hypergradient(
         _checks.differentiable("hypergradient", "hparams", hparams)
         return differentiate(response, score, hparams, carry, split)
 
-    return Estimator(_strong(init), estimate)
+    return Estimator(_strong("hypergradient", init), estimate)
 
 
 def _reverse(response, score, hparams, carry, split):
@@ -89,7 +89,7 @@ def score_only(
         value = score(params, hparams, split.valid)
         return Estimate(value, _tree.zeros_like(hparams), ()), carry
 
-    return Estimator(_strong(init), estimate)
+    return Estimator(_strong("score_only", init), estimate)
 
 
 def restart(estimator: Estimator) -> Estimator:
@@ -102,6 +102,6 @@ def restart(estimator: Estimator) -> Estimator:
     return Estimator(estimator.init, estimate)
 
 
-def _strong(init):
-    _checks.is_callable("hypergradient", "init", init)
+def _strong(where, init):
+    _checks.is_callable(where, "init", init)
     return lambda params, hparams: _tree.strong(init(params, hparams))

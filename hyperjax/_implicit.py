@@ -108,7 +108,9 @@ def implicit(
     """
     _checks.is_callable("implicit", "response", response)
     _checks.is_callable("implicit", "optimality", optimality)
-    return ImplicitResponse(response, optimality, cg() if solve is None else solve)
+    solve = cg() if solve is None else solve
+    _checks.is_callable("implicit", "solve", solve)
+    return ImplicitResponse(response, optimality, solve)
 
 
 def root_vjp(

@@ -105,8 +105,10 @@ def _count_members(trees: PyTree, mesh: Mesh | None) -> int:
         raise ValueError("population: no members (leading axis 0); pass at least one.")
     devices = 1 if mesh is None else mesh.size
     if size % devices:
+        below = size - size % devices
+        either = f"{below} or {below + devices}" if below else f"{devices}"
         raise ValueError(
             f"population: {size} members cannot be shared equally by {devices} devices; take "
-            f"{size - size % devices or devices} or {size + devices - size % devices} members."
+            f"{either} members."
         )
     return size
