@@ -21,7 +21,7 @@
 #
 # | | default | with `HYPERJAX_FULL=1` |
 # | --- | --- | --- |
-# | time on two cores | under a minute | two to three minutes |
+# | time on two cores | under a minute | about two minutes |
 # | studies of part 3, models in each population | 1, 8 | 5, 32 |
 #
 # Numbers to reach, asserted in the last cell:
