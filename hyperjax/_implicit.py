@@ -96,7 +96,8 @@ def implicit(
 
     The value is whatever `response` returns. Away from a stationary point the derivative is not
     that of the value: look at `Estimate.info`, an `AdjointInfo`, before trusting it. The carry
-    has no derivative, since a solution does not depend on where the search for it began.
+    has no derivative, since a solution does not depend on where the search for it began; and
+    hyperparameters that only change how it is reached, such as learning rates, get exactly zero.
 
     Works under grad, jvp, jacfwd, Hessians in both orders, vmap, jit with sharded data, and
     shard_map; docs/transforms.md has the table that the tests write.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _checks
-from ._types import HParams, Key, PyTree
+from ._types import HParams, Key, Loss, PyTree
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,10 @@ class Space:
         """Raw to constrained values; leaves may carry leading batch axes."""
         self.check("constrain", raw)
         return jax.tree.map(lambda r, x: r.forward(x), self.ranges, raw)
+
+    def lift(self, function: Loss) -> Loss:
+        """A function of (params, constrained values, batch) as one of (params, raw, batch)."""
+        return lambda params, raw, batch: function(params, self.constrain(raw), batch)
 
     def unconstrain(self, values: HParams) -> HParams:
         """Constrained to raw values, the inverse of `constrain`.

@@ -26,10 +26,12 @@ def unroll(
     `step(state, hparams, batch) -> state`, as `inner` makes it; the state has a field `params`.
 
     Args:
-      checkpoint: what reverse mode keeps. None: every state. An integer k: one state every k
-        steps, and k at a time while a segment is run again; any derivative of any order.
-        "sqrt": k = ceil(sqrt(steps)). "binomial": about sqrt(2 steps) states, each step run
-        forward at most twice more; for grad and Hessians forward over reverse only.
+      checkpoint: what reverse mode keeps. None: all that every step records, which is several
+        times its state. An integer k: one state every k steps, and the records of k steps while
+        a segment is run again; any derivative of any order. "sqrt": k = ceil(sqrt(steps)).
+        "binomial": about sqrt(2 steps) states and the record of one step, each step run forward
+        at most three times more, the run inside its own derivative included; for grad and
+        Hessians forward over reverse only.
       truncate: differentiate the last `truncate` steps only (K-step reverse mode, Shaban et al.
         2019, arXiv 1810.10667). Earlier steps count as constants, which biases the gradient.
 

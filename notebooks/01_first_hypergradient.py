@@ -279,15 +279,9 @@ _ = right.set_title("Where each penalty went from 0.1")
 # %%
 task = digits()
 space = task.space
-
-
-def on_raw(function):
-    return lambda params, raw, batch: function(params, space.constrain(raw), batch)
-
-
-inner = hj.inner(on_raw(task.loss), lambda raw: task.optimizer(space.constrain(raw)))
+inner = hj.inner(space.lift(task.loss), lambda raw: task.optimizer(space.constrain(raw)))
 response = hj.unroll(inner.step)
-estimator = hj.hypergradient(response, on_raw(task.score), inner.init)
+estimator = hj.hypergradient(response, space.lift(task.score), inner.init)
 
 # %% [markdown]
 # First the check: the slope along the direction of the gradient is its norm. A relu has no
@@ -342,11 +336,6 @@ WINDOWS = 30
 ADAM = optax.adam(0.2)
 
 
-def explore(key, raw):
-    vector = space.ravel(raw)
-    return space.unravel(vector + 0.3 * jax.random.normal(key, vector.shape))
-
-
 def windows(key):
     keys = jax.random.split(key, WINDOWS)
     minibatches = jax.vmap(lambda k: task.batches(k, WINDOW))(keys)
@@ -364,7 +353,7 @@ def one_model(tuner):
 
 
 def many_models(tuner):
-    tuner = hj.population(tuner, hj.exchange.tournament(explore, every=3))
+    tuner = hj.population(tuner, hj.exchange.tournament(hj.exchange.perturb(0.3), every=3))
 
     def study(key):
         weights, data, settings, exchange = jax.random.split(key, 4)
@@ -379,7 +368,7 @@ def many_models(tuner):
     return study
 
 
-scored = hj.score_only(response, on_raw(task.score), inner.init)
+scored = hj.score_only(response, space.lift(task.score), inner.init)
 studies = {
     "default setting": one_model(hj.tune(scored, optax.set_to_zero())),
     "tuned by hypergradients": one_model(hj.tune(estimator, ADAM)),

@@ -265,3 +265,19 @@ def test_only_copies_explore():
         copied = events.parents != np.arange(8)
         np.testing.assert_array_equal(np.isnan(after.hparams["lr"]), copied)
         assert 0 < copied.sum() < 8
+
+
+def test_perturb_adds_independent_normal_noise_of_its_scale():
+    hparams = {"a": jnp.arange(3.0), "b": jnp.float32(7.0)}
+    keys = jax.random.split(jax.random.key(0), 4000)
+    near = jit(jax.vmap(hj.exchange.perturb(0.5), (0, None)))(keys, hparams)
+    assert near["b"].dtype == jnp.float32
+    noise = jnp.column_stack([near["a"] - hparams["a"][None], near["b"] - hparams["b"]]) / 0.5
+    # five standard errors of a mean, and of a variance or a correlation
+    assert jnp.all(jnp.abs(noise.mean(0)) < 5 / 4000**0.5)
+    assert jnp.all(jnp.abs(noise.T @ noise / 4000 - jnp.eye(4)) < 5 * (2 / 4000) ** 0.5)
+
+
+def test_perturb_refuses_a_negative_scale():
+    with pytest.raises(ValueError, match=r"`scale` must be >= 0; got -1"):
+        hj.exchange.perturb(-1.0)

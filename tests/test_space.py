@@ -76,6 +76,14 @@ def test_constrain_has_a_derivative(name):
         assert error(slope, difference) < 1e-6
 
 
+def test_a_lifted_function_sees_constrained_values():
+    space = mixed()
+    raw = space.sample(jax.random.key(3))
+    seen = space.lift(lambda params, values, batch: params * space.ravel(values) + batch)
+    expected = 2.0 * space.ravel(space.constrain(raw)) + 1.0
+    assert jnp.array_equal(seen(2.0, raw, 1.0), expected)
+
+
 def test_init_is_what_was_asked_for():
     s = mixed()
     values = s.constrain(s.init())

@@ -39,8 +39,7 @@ def make_trainer(
 ) -> Trainer:
     """Compile the training of `count` models per study; `offset` moves all randomness."""
     space, updates = task.space, settings.updates
-    loss = lambda p, raw, b: task.loss(p, space.constrain(raw), b)
-    training = inner(loss, lambda raw: task.optimizer(space.constrain(raw)))
+    training = inner(space.lift(task.loss), lambda raw: task.optimizer(space.constrain(raw)))
     response = unroll(training.step)
 
     def begin(key, member, vector):

@@ -40,10 +40,9 @@ class Point(NamedTuple):
 
 def make_problem(task: Task) -> Problem:
     """The functions of a task."""
-    on_raw = lambda function: lambda p, raw, b: function(p, task.space.constrain(raw), b)
     optimizer = lambda raw: task.optimizer(task.space.constrain(raw))
-    loss = on_raw(task.loss)
-    return Problem(task.space, loss, on_raw(task.score), optimizer, inner(loss, optimizer))
+    loss, score = task.space.lift(task.loss), task.space.lift(task.score)
+    return Problem(task.space, loss, score, optimizer, inner(loss, optimizer))
 
 
 def make_point(task: Task, steps: int, seed: int) -> Point:

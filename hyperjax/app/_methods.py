@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from .. import exchange as exchanges
@@ -40,7 +39,7 @@ class Method(NamedTuple):
 
 def make_method(task: Task, settings: Settings, mesh: jax.sharding.Mesh | None) -> Method:
     """The population of `settings.method` on `task`, its members spread over `mesh`."""
-    loss, score = _on_raw(task, task.loss), _on_raw(task, task.score)
+    loss, score = task.space.lift(task.loss), task.space.lift(task.score)
     estimator, wrap, params_of = _estimator(task, settings, loss, score)
     gradient_free = settings.method in ("population", "random")
     optimizer = optax.set_to_zero() if gradient_free else optax.adam(settings.outer_lr)
@@ -64,11 +63,6 @@ def make_method(task: Task, settings: Settings, mesh: jax.sharding.Mesh | None) 
         return Draw(task.batches(data, steps), jax.random.split(noise, steps))
 
     return Method(tuner, start, draw, params_of)
-
-
-def _on_raw(task: Task, function):
-    """A function of constrained values as one of raw values."""
-    return lambda params, raw, batch: function(params, task.space.constrain(raw), batch)
 
 
 def _estimator(task: Task, s: Settings, loss, score) -> tuple[Estimator, Any, Any]:
@@ -95,14 +89,10 @@ def _best_response(s: Settings, optimizer, loss, score):
     """A gated hypernetwork that sees its hyperparameters perturbed at every step."""
     net = gated()
 
+    explore = exchanges.perturb(s.sigma)
+
     def perturbed(phi, raw: HParams, batch: Draw):
-        leaves, tree = jax.tree.flatten(raw)
-        keys = jax.random.split(batch.key, len(leaves))
-        near = [
-            x + s.sigma * jax.random.normal(k, jnp.shape(x), x.dtype)
-            for k, x in zip(keys, leaves, strict=True)
-        ]
-        near = tree.unflatten(near)
+        near = explore(batch.key, raw)
         return loss(net.apply(phi, near), near, batch.data)
 
     training = inner(perturbed, optimizer)
@@ -112,14 +102,9 @@ def _best_response(s: Settings, optimizer, loss, score):
 
 
 def _exchange(s: Settings) -> Exchange:
-    def explore(key: Key, raw: HParams) -> HParams:
-        leaves, tree = jax.tree.flatten(raw)
-        keys = jax.random.split(key, len(leaves))
-        noise = [jax.random.normal(k, jnp.shape(x)) for k, x in zip(keys, leaves, strict=True)]
-        return tree.unflatten([x + s.explore * n for x, n in zip(leaves, noise, strict=True)])
-
     if s.method == "random" or s.exchange == "isolation":
         return exchanges.isolation()
+    explore = exchanges.perturb(s.explore)
     if s.exchange == "truncation":
         return exchanges.truncation(0.25, explore, every=s.exchange_every)
     return exchanges.tournament(explore, every=s.exchange_every)
