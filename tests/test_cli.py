@@ -15,6 +15,7 @@ from cli_runs import TINY, Result, Shell, environment, outcome, read_json, read_
 
 import hyperjax
 from hyperjax.app import _cli, main
+from hyperjax.app._baselines import Trained, pick
 from hyperjax.app._errors import AppError
 from hyperjax.app._folder import Folder
 from hyperjax.app._settings import METHODS, Settings, dump
@@ -166,6 +167,19 @@ def command(base: Path, *argv: str) -> subprocess.CompletedProcess:
     return subprocess.run(line, env=environment(base), cwd=base, capture_output=True, text=True)
 
 
+def test_a_reader_that_goes_away_stops_the_run(base, tmp_path):
+    """As in `hyperjax tune ... | head`."""
+    program = "from hyperjax.app import main; raise SystemExit(main())"
+    line = [sys.executable, "-c", program, "tune", RIDGE, *BRIEF, "--out", str(tmp_path / "run")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(line, env=environment(base), cwd=base, stdout=pipe, stderr=pipe) as run:
+        assert run.stdout and run.stderr
+        run.stdout.close()
+        message = run.stderr.read().decode()
+    assert message == f"output closed; continue with `hyperjax resume {tmp_path / 'run'}`\n"
+    assert run.returncode == 3
+
+
 def test_version_help_and_exit_codes(base):
     version = command(base, "--version")
     assert (version.returncode, version.stdout) == (0, f"hyperjax {hyperjax.__version__}\n")
@@ -175,6 +189,14 @@ def test_version_help_and_exit_codes(base):
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
     debug = command(base, "resume", "nowhere", "--debug")
     assert debug.returncode != 0 and "Traceback" in debug.stderr
+
+
+def test_the_baselines_keep_the_best_model():
+    loss = np.array([[3.0, 1.0, 2.0], [np.nan, 5.0, np.inf]])
+    params, valid, best = pick(Trained({"w": 10 * loss}, {"loss": loss, "acc": -loss}))
+    assert best.tolist() == [1, 1]
+    assert params["w"].tolist() == [10.0, 50.0]
+    assert (valid["loss"].tolist(), valid["acc"].tolist()) == ([1.0, 5.0], [-1.0, -5.0])
 
 
 # ---- bad input, in this process -----------------------------------------------------------------

@@ -79,7 +79,6 @@ def _tune(args: argparse.Namespace, out: Output) -> int:
     name = f"{settings.task.replace(':', '.')}-{settings.method}-{stamp}"
     path = Path(args.out) if args.out else Path("runs") / name
     folder = create(path, settings, "tune")
-    out.line(f"run folder: {path}")
     return _carry_on(folder, settings, out)
 
 
@@ -98,6 +97,7 @@ def _carry_on(folder, settings: Settings, out: Output) -> int:
 
     with stop_on_signals() as stop:
         try:
+            out.line(f"run folder: {folder.path}")
             run_study(folder, settings, out, stop)
         except Interrupted:
             folder.event("interrupt", settings.updates)
