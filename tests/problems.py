@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import hyperjax as hj
@@ -383,7 +384,7 @@ def central_difference(f: Callable, x, direction, step: float = 1e-6) -> float:
 
 def directions(x, count: int, seed: int = 0) -> list:
     """Each coordinate of `x`, then `count` random unit directions."""
-    flat, unravel = jax.flatten_util.ravel_pytree(x)
+    flat, unravel = ravel_pytree(x)
     random = np.random.default_rng(seed).normal(size=(count, flat.size))
     random /= np.linalg.norm(random, axis=1, keepdims=True)
     return [unravel(jnp.asarray(d)) for d in (*np.eye(flat.size), *random)]

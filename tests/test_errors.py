@@ -4,6 +4,9 @@ Each case lists words that the message must hold: the function, the argument, wh
 expected.
 """
 
+# pyright: reportArgumentType=false
+# Wrong types are the point here.
+
 import jax
 import jax.numpy as jnp
 import numpy as np

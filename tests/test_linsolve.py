@@ -196,7 +196,7 @@ def test_info_agrees_with_dense_linear_algebra():
     a, b = symmetric(0, np.linspace(1, 10, 25)), vector(1, 25)
     for solver in (hj.cg(maxiter=6, tol=0), hj.neumann(6, 0.1)):
         x, info = solve_dense(solver, a, b)
-        assert info.iterations == 6 and info.iterations.dtype == jnp.int32
+        assert info.iterations == 6 and jnp.asarray(info.iterations).dtype == jnp.int32
         assert error(info.residual, residual(a, x, b)) < 1e-12
         # A Rayleigh quotient of something, hence no less than the least eigenvalue.
         assert 1 - 1e-12 <= info.curvature <= 10

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import hyperjax as hj
 EXACT = 1e-8  # relative, in float64; most are at 1e-15
 
 
-def estimate(c: problems.Case, mode: str = "reverse"):
+def estimate(c: problems.Case, mode: Literal["reverse", "forward"] = "reverse"):
     """(hparams, split) -> (value, grad), through `hypergradient`."""
     estimator = hj.hypergradient(c.response, c.problem.score, c.problem.inner.init, mode=mode)
 

@@ -142,7 +142,7 @@ def test_tuning_finds_the_leader():
     p = g.problem
     response = hj.implicit(hj.unroll(p.inner.step), hj.stationary(p.loss), solve=hj.cg(tol=1e-14))
     estimator = hj.hypergradient(response, p.score, p.inner.init)
-    tuner = hj.tune(estimator, optax.sgd(1 / np.linalg.norm(g.hessian, 2)))
+    tuner = hj.tune(estimator, optax.sgd(float(1 / np.linalg.norm(g.hessian, 2))))
     # Descent at that rate contracts by 1 - 1 / condition.
     steps = math.ceil(math.log(1e-12) / math.log(1 - 1 / np.linalg.cond(g.hessian)))
     state, metrics = jit(lambda s, x: hj.run(tuner, s, x))(
