@@ -103,6 +103,40 @@ def test_chunks_within_devices():
     assert error(again, members) < 1e-12
 
 
+def given(value, grad=lambda h: 0.0 * h) -> hj.Tuner:
+    """Members whose score and hypergradient are these functions of their only hyperparameter."""
+    estimate = lambda h, carry, split: (hj.Estimate(value(h), grad(h), ()), carry)
+    return hj.tune(hj.Estimator(lambda params, h: params, estimate), optax.sgd(0.1))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 100])
+def test_as_many_members_at_once_as_asked_for(chunk):
+    # A callback that is handed the batch sees how many there are.
+    seen = []
+
+    def look(h):
+        seen.append(h.size)
+        return h
+
+    value = lambda h: jax.pure_callback(look, h, h, vmap_method="expand_dims")
+    tuner = hj.population(given(value), hj.exchange.isolation(), chunk=chunk)
+    state = tuner.init(jax.random.key(0), jnp.zeros(8), jnp.arange(8.0))
+    _, metrics = jax.jit(tuner.step)(state, None)
+    np.testing.assert_array_equal(metrics.members.value, np.arange(8))
+    assert sorted(seen) == {1: [1] * 8, 3: [2, 3, 3], 8: [8], 100: [8]}[chunk]
+
+
+def test_every_step_draws_anew():
+    # Scores and hparams never change, so that only the key tells one step from the next.
+    stay = hj.exchange.tournament(lambda key, h: h)
+    tuner = hj.population(given(lambda h: h), stay)
+    state = tuner.init(jax.random.key(0), jnp.zeros(8), jnp.arange(8.0))
+    step = jit(tuner.step)
+    after, first = step(state, None)
+    _, second = step(state._replace(key=after.key), None)
+    assert np.any(first.events.parents != second.events.parents)
+
+
 def test_sharding_by_jit_does_not_matter():
     # Without `mesh`, members may lie on devices all the same; the compiler follows them.
     p = problem()
@@ -237,6 +271,18 @@ def test_diverged_members_are_reseeded_in_a_run(name):
     for a, b in zip(*map(jax.tree.leaves, (members, healthy)), strict=True):
         np.testing.assert_array_equal(a[others], b[others])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(members))
+
+
+def test_a_hypergradient_that_is_not_finite_is_a_divergence():
+    # The score of member 3 is the best of all, yet nobody may copy it.
+    slope = lambda h: jnp.where(h == 3.0, jnp.nan, 0.0)
+    rule = hj.exchange.truncation(0.25, explore)
+    tuner = hj.population(given(lambda h: (h - 3.0) ** 2, slope), rule)
+    state = tuner.init(jax.random.key(0), jnp.zeros(8), jnp.arange(8.0))
+    _, metrics = jit(tuner.step)(state, None)
+    np.testing.assert_array_equal(metrics.events.diverged, np.arange(8) == 3)
+    assert not np.isin(metrics.events.parents, 3).any()
+    assert metrics.value == 1.0  # of members 2 and 4
 
 
 @pytest.mark.parametrize("name", EXCHANGES)

@@ -204,9 +204,10 @@ def test_truncation_bias_shrinks_with_the_contraction():
 
 
 def test_truncated_gradient_is_that_of_the_tail():
-    # On a run that has not converged, where it is not an approximation of anything simpler: the
-    # state after the first ten steps is a constant.
+    # On a run that has not converged, with another batch at each step: the state after the first
+    # ten steps is a constant.
     p = problems.net(steps=16)
+    p = p._replace(split=p.split._replace(train=varied(p.split.train)))
     head, tail = (
         jax.tree.map(lambda x, s=s: x[s], p.split.train) for s in (slice(10), slice(10, 16))
     )
@@ -253,6 +254,25 @@ def test_truncated_cg_is_biased_until_it_has_all_directions():
 # ------------------------------------------------------------------ the response itself
 
 
+def varied(train):
+    """Another batch at each step."""
+    noise = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + 0.3 * noise.normal(size=x.shape), train)
+
+
+@pytest.mark.parametrize("options", problems.UNROLLS.values(), ids=list(problems.UNROLLS))
+def test_unroll_is_the_loop_over_its_batches(options):
+    p = problems.net(steps=53)
+    train = varied(p.split.train)
+    start = p.inner.init(p.params, p.hparams)
+    params, state = jit(hj.unroll(p.inner.step, **options))(p.hparams, start, train)
+    expected, step = start, jit(p.inner.step)
+    for i in range(53):
+        expected = step(expected, p.hparams, jax.tree.map(lambda x, i=i: x[i], train))
+    assert error(state, expected) < 1e-12
+    assert error(params, expected.params) < 1e-12
+
+
 @pytest.mark.parametrize("name", RESPONSES)
 def test_carry_continues_the_run(name):
     # Two halves, one after the other, are the whole run.
@@ -278,11 +298,16 @@ def test_implicit_does_not_depend_on_the_start():
     assert not jnp.any(jax.grad(value)(p.params))
 
 
+def opaque(x):
+    """x itself, by a detour that raises when it is differentiated, forward or in reverse."""
+    return jax.pure_callback(lambda y: y, x, x)
+
+
 def descend_until_flat(problem):
-    """Training by a `while_loop`, which has no reverse mode at all."""
+    """Training of which nothing can be differentiated: not the loop in reverse, nor its input."""
 
     def train(hparams, carry, batches):
-        batch = problems.last(batches)
+        hparams, batch = opaque(hparams), problems.last(batches)
         slope = lambda w: jax.grad(problem.loss)(w, hparams, batch)
         steep = lambda w: jnp.linalg.norm(slope(w)) > 1e-13
         return lax.while_loop(steep, lambda w: w - 0.6 * slope(w), carry), carry
@@ -318,9 +343,7 @@ def test_best_response_never_differentiates_training():
     fit = hj.unroll(p.inner.step)
 
     def train(hparams, carry, batches):
-        # A detour without a derivative, in forward or in reverse.
-        hparams = jax.pure_callback(lambda h: h, hparams, hparams)
-        return fit(hparams, carry, batches)
+        return fit(opaque(hparams), carry, batches)
 
     response = hj.best_response(problems.affine, train)
     phi, _ = fit(p.hparams, p.inner.init(p.params, p.hparams), p.split.train)

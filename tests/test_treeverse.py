@@ -84,7 +84,7 @@ def counted(steps: int):
         # Unordered callbacks that nothing depends on may not be merged or dropped: they have an
         # effect. Inside the vjp of a step it fires once, in the forward part.
         jax.debug.callback(lambda t: seen.append(int(t)), batch)
-        return optimize(state, hparams)
+        return optimize(state, hparams, batch)
 
     grad = jax.jit(jax.grad(loss_after(step, steps, checkpoint="binomial")))
     grad(0.3).block_until_ready()
@@ -92,9 +92,10 @@ def counted(steps: int):
     return np.bincount(seen, minlength=steps)
 
 
-def optimize(state, rate):
+def optimize(state, rate, t):
+    """Another map at each step, so that the order of steps matters."""
     x = state.params
-    return state._replace(params=x - rate * jnp.sin(x))
+    return state._replace(params=x - rate * jnp.sin(x + 0.1 * t))
 
 
 def loss_after(step, steps, **options):
@@ -117,13 +118,20 @@ def test_steps_are_evaluated_as_often_as_promised(steps):
 
 
 def test_stored_states_are_the_snapshots():
-    # The largest array of states in the program that runs the backward pass, read off its shapes.
+    # The largest stack of states that waits for the backward pass, read off its shapes.
     steps = 101
-    _, pullback = jax.vjp(
-        loss_after(lambda s, h, _: optimize(s, h), steps, checkpoint="binomial"), 0.3
-    )
-    stacks = {x.shape[0] for x in jax.tree.leaves(pullback) if np.shape(x)[1:] == (3,)}
-    assert stacks == {snapshots_for(steps)}
+    assert stored_states("binomial", steps) == snapshots_for(steps)
+
+
+def stored_states(checkpoint, steps) -> int:
+    _, pullback = jax.vjp(loss_after(optimize, steps, checkpoint=checkpoint), 0.3)
+    return max(x.size // 3 for x in jax.tree.leaves(pullback) if np.shape(x)[-1:] == (3,))
+
+
+@pytest.mark.parametrize(("checkpoint", "states"), [(None, 100), (20, 5), (4, 25), ("sqrt", 10)])
+def test_segments_store_one_state_each(checkpoint, states):
+    # Without segments every step stores something, be it the state or a function of it.
+    assert stored_states(checkpoint, 100) == states
 
 
 # ------------------------------------------------------------------------- the gradient
@@ -131,9 +139,8 @@ def test_stored_states_are_the_snapshots():
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 17, 101])
 def test_gradient_is_that_of_the_plain_loop(steps):
-    step = lambda s, h, _: optimize(s, h)
     plain, binomial = (
-        jit(jax.value_and_grad(loss_after(step, steps, checkpoint=c)))(0.3)
+        jit(jax.value_and_grad(loss_after(optimize, steps, checkpoint=c)))(0.3)
         for c in (None, "binomial")
     )
     assert error(binomial, plain) < 1e-14
@@ -199,21 +206,20 @@ def test_vmap_with_a_closure():
 
 
 def test_forward_mode_is_refused():
-    value = loss_after(lambda s, h, _: optimize(s, h), 5, checkpoint="binomial")
+    value = loss_after(optimize, 5, checkpoint="binomial")
     with pytest.raises(TypeError, match="can't apply forward-mode"):
         jax.jvp(value, (0.3,), (1.0,))
 
 
 def test_reverse_mode_twice_is_refused():
-    value = loss_after(lambda s, h, _: optimize(s, h), 5, checkpoint="binomial")
+    value = loss_after(optimize, 5, checkpoint="binomial")
     with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
         jax.grad(jax.grad(value))(0.3)
 
 
 def test_forward_over_reverse_is_exact():
-    step = lambda s, h, _: optimize(s, h)
     plain, binomial = (
-        jit(jax.jacfwd(jax.grad(loss_after(step, 17, checkpoint=c))))(0.3)
+        jit(jax.jacfwd(jax.grad(loss_after(optimize, 17, checkpoint=c))))(0.3)
         for c in (None, "binomial")
     )
     assert error(binomial, plain) < 1e-13
@@ -228,9 +234,8 @@ def test_forward_over_reverse_is_exact():
 )
 def test_segments_of_any_length_give_the_plain_gradient(checkpoint, steps):
     # Whole segments, a rest, one segment longer than the run.
-    step = lambda s, h, _: optimize(s, h)
     plain, segmented = (
-        jit(jax.value_and_grad(loss_after(step, steps, checkpoint=c)))(0.3)
+        jit(jax.value_and_grad(loss_after(optimize, steps, checkpoint=c)))(0.3)
         for c in (None, checkpoint)
     )
     assert error(segmented, plain) < 1e-14

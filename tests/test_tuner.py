@@ -87,6 +87,16 @@ def test_a_best_response_keeps_its_types():
     assert types(jax.eval_shape(tuner.step, state, p.split)[0]) == types(state)
 
 
+@pytest.mark.parametrize("make", [hj.hypergradient, hj.score_only])
+def test_an_init_of_the_users_own_may_be_weakly_typed(make):
+    train = lambda h, carry, batches: (h * carry["x"], {"x": carry["x"] * 0.5, "n": carry["n"] + 1})
+    begin = lambda params, h: {"x": 0.1, "n": 0}
+    tuner = hj.tune(make(train, lambda w, h, batch: w**2, begin), optax.sgd(0.1))
+    state = tuner.init(None, 1.0)
+    after, _ = jax.eval_shape(tuner.step, state, hj.Split(jnp.arange(2), None))
+    assert types(after) == types(state)
+
+
 # ------------------------------------------------------------------------------ traces
 
 
