@@ -70,6 +70,8 @@ def _tune(args: argparse.Namespace, out: Output) -> int:
         for name in ("task", "method", "members", "seeds", "seed", "exchange", "data_dir")
         if getattr(args, name) is not None
     }
+    if args.data_dir:  # so that `resume` finds it from any folder
+        given["data_dir"] = str(Path(args.data_dir).absolute())
     settings = make_settings(given, args.set)
     from ._study import load_task, members_mesh
 

@@ -125,6 +125,8 @@ def _validate(s: Settings) -> None:
         raise AppError(
             f"unknown baseline {sorted(unknown)[0]!r}; choose from replay, random, optuna."
         )
+    if len(set(s.baselines)) < len(s.baselines):
+        raise AppError(f"a baseline is named twice: {', '.join(s.baselines)}.")
     if s.inner_steps % s.every:
         raise AppError(
             f"inner_steps ({s.inner_steps}) must be a multiple of every ({s.every}); "
