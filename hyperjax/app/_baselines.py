@@ -46,27 +46,26 @@ def make_trainer(
         weights = jax.random.fold_in(jax.random.fold_in(key, offset), member)
         return training.init(task.init(weights), space.unravel(vector))
 
-    def fit(key, state, vectors):
-        def window(state, step):
-            t, vector = step
-            batches = task.batches(jax.random.fold_in(key, offset + t + 1), settings.every)
-            return response(space.unravel(vector), state, batches)[1], None
-
-        state, _ = jax.lax.scan(window, state, (jnp.arange(updates), vectors))
-        return state.params, task.evaluate(state.params, task.valid)
-
-    def fit_members(key, states, vectors):
-        return jax.lax.map(lambda x: fit(key, *x), (states, vectors))
+    def window(states, vectors, batches):
+        one = lambda x: response(space.unravel(x[1]), x[0], batches)[1]
+        return jax.lax.map(one, (states, vectors))
 
     if mesh is not None and count % mesh.size == 0:
-        spread = PartitionSpec(mesh.axis_names[0])
-        fit_members = jax.shard_map(
-            fit_members, mesh=mesh, in_specs=(PartitionSpec(), spread, spread), out_specs=spread
-        )
+        spread, same = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
+        window = jax.shard_map(window, mesh=mesh, in_specs=(spread, spread, same), out_specs=spread)
 
     def study(key, members, vectors):
+        def body(states, step):
+            t, row = step  # row: [N, D]
+            # Drawn once for all members, as in a population.
+            batches = task.batches(jax.random.fold_in(key, offset + t + 1), settings.every)
+            return window(states, row, batches), None
+
         states = jax.vmap(begin, (None, 0, 0))(key, members, vectors[:, 0])
-        return fit_members(key, states, vectors)
+        steps = (jnp.arange(updates), jnp.swapaxes(vectors, 0, 1))
+        states, _ = jax.lax.scan(body, states, steps)
+        params = states.params
+        return params, jax.lax.map(lambda p: task.evaluate(p, task.valid), params)
 
     program = jax.jit(jax.vmap(study, in_axes=(0, None, 0)))
     keys, members = study_keys(settings), jnp.arange(count)
