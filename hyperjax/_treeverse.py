@@ -65,7 +65,8 @@ def split_table(steps: int, snapshots: int) -> np.ndarray:
 def treeverse(step: Step, state: State, hparams: HParams, batches: Batches, steps: int) -> State:
     """The state after `steps` steps; its derivative stores O(sqrt(steps)) states.
 
-    At most two forward runs of each step beyond the first. Reverse mode, and forward mode on top
+    At most four forward runs of each step in all: the first one, two to restore states, and the
+    one inside its own derivative. Reverse mode, and forward mode on top
     of it (Hessians); forward mode alone and reverse mode twice raise from JAX.
     """
     snapshots = snapshots_for(steps)
@@ -97,15 +98,8 @@ def treeverse(step: Step, state: State, hparams: HParams, batches: Batches, step
     def backward(residuals, cotangent):
         stack, rest = residuals
         marks = jnp.asarray([*descent, *[steps] * (snapshots - len(descent))])
-        return _reverse(
-            step,
-            advance,
-            table,
-            (stack, marks, len(descent) - 1),
-            rest,
-            cotangent,
-            steps,
-        )
+        stack = (stack, marks, len(descent) - 1)
+        return _reverse(step, advance, table, stack, rest, cotangent, steps)
 
     run.defvjp(forward, backward)
     return run(state, hparams, batches, consts)
