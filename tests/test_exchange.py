@@ -248,13 +248,13 @@ def test_rules_vmap(name):
 def test_types_stay(name):
     rule = RULES[name]()
     group = members(8)
-    weak = group._replace(weights=group.weights.astype(jnp.float32))
-    state = rule.init(weak)
-    after, again, _ = jax.eval_shape(rule.apply, jax.random.key(0), state, weak, scores(8))
+    half = group._replace(hparams={"lr": group.hparams["lr"].astype(jnp.float32)})
+    state = rule.init(half)
+    after, again, _ = jax.eval_shape(rule.apply, jax.random.key(0), state, half, scores(8))
     kind = lambda tree: [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
     assert kind(again) == kind(state)
-    # `explore` adds float64 noise here, and the members stay what they were.
-    assert [k[:2] for k in kind(after)] == [k[:2] for k in kind(weak)]
+    # `explore` adds float64 noise here, and float32 hparams stay what they were.
+    assert [k[:2] for k in kind(after)] == [k[:2] for k in kind(half)]
 
 
 def test_only_copies_explore():

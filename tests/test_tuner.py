@@ -86,6 +86,13 @@ def test_a_best_response_keeps_its_types():
     assert types(jax.eval_shape(tuner.step, state, p.split)[0]) == types(state)
 
 
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1, momentum=0.9), optax.adam(0.1)])
+def test_types_of_an_inner_state_never_change(optimizer):
+    inner = hj.inner(lambda w, h, batch: jnp.sum(w["a"] ** 2) + w["b"] ** 2, lambda h: optimizer)
+    state = inner.init({"a": jnp.full((2,), 0.1), "b": 0.5}, 1.0)  # weakly typed
+    assert types(jax.eval_shape(inner.step, state, 1.0, None)) == types(state)
+
+
 @pytest.mark.parametrize("make", [hj.hypergradient, hj.score_only])
 def test_an_init_of_the_users_own_may_be_weakly_typed(make):
     train = lambda h, carry, batches: (h * carry["x"], {"x": carry["x"] * 0.5, "n": carry["n"] + 1})
