@@ -27,7 +27,9 @@ def cg(*, maxiter: int = 100, tol: float = 1e-6, damping: float = 0.0) -> Linear
 
     1. It stops where a direction p has p'Ap <= 0, up to rounding of the largest curvature met,
        rather than step along it to nowhere.
-    2. It returns the iterate with the smallest residual, not the last.
+    2. Where it has stopped so, it returns the iterate with the smallest residual. Otherwise the
+       last one, which is the optimum of its Krylov space in the norm of A, although its residual
+       may be above one that came before, and on ill-conditioned systems above that of x = 0.
     3. b is scaled to unit norm first and every test is relative, so that c A and c b for any c
        give the same iterates.
     4. The result comes with a `SolveInfo`; `curvature` is that of A + damping I.
@@ -45,10 +47,11 @@ def cg(*, maxiter: int = 100, tol: float = 1e-6, damping: float = 0.0) -> Linear
         start = _cg_init(unit)
         running = lambda s: (s.steps < maxiter) & (s.rr > tol**2) & ~s.stopped
         end = lax.while_loop(running, lambda s: _cg_step(damped, s), start)
+        x = _tree.where(end.stopped, end.best, end.x)
         # By one more product: rounding lets the residual of the recurrence fall far below the true
         # one (float32, condition 1e6: 1e-5 against 0.2).
-        residual = _tree.norm(_tree.sub(unit, damped(end.best)))
-        return _tree.scale(size, end.best), SolveInfo(end.steps, residual, end.low)
+        residual = _tree.norm(_tree.sub(unit, damped(x)))
+        return _tree.scale(size, x), SolveInfo(end.steps, residual, end.low)
 
     return solve
 

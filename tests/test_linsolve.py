@@ -130,14 +130,28 @@ def test_cg_stops_at_negative_curvature(seed):
     assert error(info.residual, residual(a, x, b)) < 1e-12
 
 
-def test_cg_returns_the_best_of_its_iterates():
-    # The textbook's residuals rise and fall, from the start above 1; the best so far is reported.
+def test_cg_returns_its_last_iterate_where_all_curvature_is_positive():
+    # Residuals rise and fall, from the start above that of x = 0, while errors only fall.
     a, b = symmetric(0, np.geomspace(1e-3, 1, 30)), vector(1, 30)
     textbook = textbook_residuals(a, b, 12)
     assert max(textbook) > 1 and np.any(np.diff(textbook) > 0)
+    exact, errors = np.linalg.solve(a, b), []
     for k in (1, 4, 8, 12):
-        _, info = solve_dense(hj.cg(maxiter=k, tol=0), a, b)
-        assert error(info.residual, min([1.0, *textbook[:k]])) < 1e-9
+        x, info = solve_dense(hj.cg(maxiter=k, tol=0), a, b)
+        assert error(info.residual, textbook[k - 1]) < 1e-9
+        errors.append(error(x, exact))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cg_returns_the_smallest_residual_where_it_met_negative_curvature(seed):
+    a = symmetric(seed, np.concatenate([[-1e-2], np.geomspace(1e-3, 1, 30)]))
+    b = vector(seed, 31)
+    x, info = solve_dense(hj.cg(maxiter=60, tol=0), a, b)
+    assert info.curvature <= 0
+    usable = textbook_residuals(a, b, int(info.iterations) - 1)
+    assert max(usable) > 1
+    assert error(residual(a, x, b), min([1.0, *usable])) < 1e-9
 
 
 def textbook_residuals(a, b, steps) -> list[float]:
