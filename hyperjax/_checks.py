@@ -31,7 +31,7 @@ def count_steps(where: str, batches: Batches) -> int:
     if () in lengths or len(lengths) > 1:
         listing = ", ".join(f"{path(k)}: {describe(x)}" for k, x in leaves)
         raise ValueError(
-            f"{where}: every leaf of `batches` needs the same leading axis, one entry per inner "
+            f"{where}: every leaf of `batches` needs the same leading axis, one entry per "
             f"step; got {listing}. Stack the batches with `jnp.stack`."
         )
     ((steps,),) = lengths
@@ -55,6 +55,15 @@ def one_of(where: str, name: str, value, choices: tuple) -> None:
 def is_callable(where: str, name: str, value) -> None:
     if not callable(value):
         raise TypeError(f"{where}: `{name}` must be a function; got {type(value).__name__}.")
+
+
+def has_functions(where: str, name: str, value, fields: tuple[str, ...]) -> None:
+    """`value` is a pair of functions such as `Estimator` or `optax.GradientTransformation`."""
+    if not all(callable(getattr(value, field, None)) for field in fields):
+        both = " and ".join(f"`{field}`" for field in fields)
+        raise TypeError(
+            f"{where}: `{name}` must have functions {both}; got {type(value).__name__}."
+        )
 
 
 def same_tree(where: str, name: str, got: PyTree, like: str, expected: PyTree) -> None:

@@ -47,6 +47,8 @@ def population(
     Raises ValueError for an empty population, leaves that disagree on P, or a P that the devices
     do not divide.
     """
+    _checks.has_functions("population", "tuner", tuner, ("init", "step"))
+    _checks.has_functions("population", "exchange", exchange, ("init", "apply"))
     if chunk != "auto":
         _checks.positive_int("population", "chunk", chunk)
     if mesh is not None and len(mesh.axis_names) != 1:

@@ -46,6 +46,9 @@ def tune(estimator: Estimator, optimizer: optax.GradientTransformation) -> Tuner
     Raises TypeError if a leaf of hparams is not floating point.
     """
 
+    _checks.has_functions("tune", "estimator", estimator, ("init", "estimate"))
+    _checks.has_functions("tune", "optimizer", optimizer, ("init", "update"))
+
     def init(params: Params, hparams: HParams) -> TunerState:
         _checks.differentiable("tune", "hparams", hparams)
         hparams = _tree.strong(hparams)

@@ -169,6 +169,32 @@ NOT_CALLABLE = {
 }
 
 
+NOT_A_PAIR = {
+    "tune estimator": (lambda: hj.tune(response, optax.sgd(0.1)), "tune", "`estimator`"),
+    "tune optimizer": (
+        lambda: hj.tune(hj.hypergradient(response, loss, init), optax.sgd),
+        "tune",
+        "`optimizer`",
+    ),
+    "population tuner": (
+        lambda: hj.population(response, hj.exchange.isolation()),
+        "population",
+        "`tuner`",
+    ),
+    "population exchange": (
+        lambda: hj.population(tuner, hj.exchange.isolation),
+        "population",
+        "`exchange`",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_A_PAIR)
+def test_pairs_of_functions_must_be_whole(name):
+    call, where, argument = NOT_A_PAIR[name]
+    refuse(TypeError, call, f"{where}: ", argument, "must have functions", "got ")
+
+
 @pytest.mark.parametrize("name", NOT_CALLABLE)
 def test_functions_must_be_functions(name):
     call, where, argument = NOT_CALLABLE[name]
