@@ -3,9 +3,9 @@
     python benchmarks/tune_digits.py [RUN]
 
 Without RUN it tunes digits anew, with an empty compilation cache: 30 s of run time on two free
-cores, and as much again to compile and draw. Expected over 5 seeds: test loss of the tuned run about
-half of random search's at equal training steps, and below Optuna's TPE. Needs the extras `demo` and
-`optuna`.
+cores, and as much again to compile and draw. Expected over 5 seeds: test loss of the tuned run
+about half of random search's at equal training steps, and below Optuna's TPE. Needs the extras
+`demo` and `optuna`.
 """
 
 import json
