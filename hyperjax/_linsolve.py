@@ -88,7 +88,6 @@ def _cg_step(matvec: MatVec, s: _CG) -> _CG:
     step = jnp.where(usable, s.rr / jnp.where(usable, pap, 1), 0)
     x, r = _tree.axpy(step, s.p, s.x), _tree.axpy(-step, ap, s.r)
     rr = jnp.where(usable, _tree.dot(r, r), s.rr)
-    r = _tree.where(usable, r, s.r)  # 0 * NaN is NaN: an unusable product must not leak in
     p = _tree.axpy(rr / s.rr, s.p, r)
     better = usable & (rr < s.best_rr)
     return _CG(

@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from .._space import Space
+from .._tuner import Metrics
 from .._types import Split
+from ..exchange import Events
 from ..tasks import Task
 from ._methods import Method
 from ._settings import Settings
@@ -70,7 +73,6 @@ def study_keys(settings: Settings) -> jax.Array:
 def compile_program(task: Task, method: Method, settings: Settings, mesh: Mesh | None) -> Program:
     """Lower and compile one chunk for all studies, and say how long that took."""
     keys = study_keys(settings)
-    space = task.space
 
     def update(state, key, t):
         # Data depends on the study and the step alone, so that nothing random is in a checkpoint.
@@ -82,19 +84,7 @@ def compile_program(task: Task, method: Method, settings: Settings, mesh: Mesh |
             return jax.vmap(update, (0, 0, None))(state, keys, t)
 
         state, metrics = jax.lax.scan(body, state, first + jnp.arange(settings.updates_per_call))
-        members, events = metrics.members, metrics.events
-        solve = getattr(members.info, "solve", None)
-        missing = jnp.full_like(members.value, jnp.nan)
-        return state, History(
-            value=members.value,
-            values=space.ravel(space.constrain(members.hparams)),
-            grad_norm=members.grad_norm,
-            finite=members.finite,
-            parents=events.parents,
-            diverged=events.diverged,
-            residual=missing if solve is None else solve.residual,
-            curvature=missing if solve is None else solve.curvature,
-        ).arrays()
+        return state, _history(task.space, metrics.members, metrics.events).arrays()
 
     began = time.perf_counter()
     start = jax.vmap(lambda key: method.start(jax.random.fold_in(key, 0)))
@@ -114,6 +104,21 @@ def compile_program(task: Task, method: Method, settings: Settings, mesh: Mesh |
     memory = forecast.temp_size_in_bytes if forecast else 0  # not every backend has one
     place = lambda state: jax.device_put(state, shardings) if mesh else state
     return Program(advance, lambda: start(keys), place, seconds, memory)
+
+
+def _history(space: Space, members: Metrics, events: Events) -> History:
+    solve = getattr(members.info, "solve", None)
+    missing = jnp.full_like(members.value, jnp.nan)
+    return History(
+        value=members.value,
+        values=space.ravel(space.constrain(members.hparams)),
+        grad_norm=members.grad_norm,
+        finite=members.finite,
+        parents=events.parents,
+        diverged=events.diverged,
+        residual=missing if solve is None else solve.residual,
+        curvature=missing if solve is None else solve.curvature,
+    )
 
 
 def _shardings(state, mesh: Mesh | None):
