@@ -1,6 +1,10 @@
 """Differentiable tuning in JAX: hypergradients, best responses, populations."""
 
+from . import evolution as evolution
 from . import exchange as exchange
+from . import guarded as guarded
+from . import linsolve as linsolve
+from . import online as online
 from ._best_response import best_response as best_response
 from ._estimators import hypergradient as hypergradient
 from ._estimators import restart as restart
@@ -16,9 +20,6 @@ from ._inner import Inner as Inner
 from ._inner import InnerState as InnerState
 from ._inner import inner as inner
 from ._inner import stationary as stationary
-from ._linsolve import cg as cg
-from ._linsolve import linear_solve as linear_solve
-from ._linsolve import neumann as neumann
 from ._population import PopulationMetrics as PopulationMetrics
 from ._population import PopulationState as PopulationState
 from ._population import population as population

@@ -46,6 +46,16 @@ def positive_int(where: str, name: str, value, *, least: int = 1) -> int:
     return value
 
 
+def number(where: str, name: str, value, *, positive: bool = False) -> None:
+    """A finite `value` >= 0, or > 0; what is traced cannot be looked at and passes."""
+    if isinstance(value, jax.Array):
+        return
+    fault = isinstance(value, bool) or not isinstance(value, int | float)
+    if fault or not (0 < value if positive else 0 <= value) or value == float("inf"):
+        bound = "positive" if positive else ">= 0"
+        raise ValueError(f"{where}: `{name}` must be a finite number, {bound}; got {value!r}.")
+
+
 def one_of(where: str, name: str, value, choices: tuple) -> None:
     if value not in choices:
         listing = ", ".join(repr(c) for c in choices)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _checks, _tree
-from ._linsolve import cg, linear_solve
 from ._types import (
     Batch,
     Batches,
@@ -22,6 +21,7 @@ from ._types import (
     Scalar,
     SolveInfo,
 )
+from .linsolve import cg, linear_solve
 
 
 class AdjointInfo(NamedTuple):

@@ -5,7 +5,7 @@ train take `hparams, carry, batches`; a PRNG key comes first where there is one.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 
@@ -36,12 +36,32 @@ class Split(NamedTuple):
 class SolveInfo(NamedTuple):
     """How a linear solve went."""
 
-    iterations: jax.Array  # int32 scalar: products with the matrix, the last residual's left out
+    iterations: jax.Array  # int32 scalar: products with the matrix, those for the report left out
     residual: jax.Array  # |b - A x| / |b| of the returned x, in the 2-norm
     curvature: jax.Array  # smallest p'Ap / p'p met; inf if no direction was looked at
 
 
-LinearSolve: TypeAlias = Callable[[MatVec, Params], tuple[Params, SolveInfo]]
+class LinearSolve(Protocol):
+    """An approximation x of A^-1 b from products with A alone.
+
+    `x0` is where to start, for methods that start somewhere; None is zero, and saves a product.
+    """
+
+    def __call__(
+        self, matvec: MatVec, b: Params, x0: Params | None = None, /
+    ) -> tuple[Params, SolveInfo]: ...
+
+
+class Preconditioner(NamedTuple):
+    """An approximation of A^-1 that is kept as arrays, so that it can outlive one solve.
+
+    `build(matvec, like) -> state` looks at A by products; `like` has the structure, shapes and
+    types of the vectors. `apply(state, v) -> v` must be linear in v, symmetric and positive
+    definite.
+    """
+
+    build: Callable[[MatVec, Params], State]
+    apply: Callable[[State, Params], Params]
 
 
 class Estimate(NamedTuple):

@@ -162,7 +162,7 @@ ways = {
     "unroll": gradient_by(plain),
     'unroll, checkpoint="binomial"': gradient_by(hj.unroll(inner.step, checkpoint="binomial")),
     "unroll, forward mode": gradient_by(plain, mode="forward"),
-    "implicit, CG": gradient_by(hj.implicit(plain, optimality, solve=hj.cg(tol=1e-12))),
+    "implicit, CG": gradient_by(hj.implicit(plain, optimality, solve=hj.linsolve.cg(tol=1e-12))),
 }
 ridge_errors = {name: relative_error(grad) for name, grad in ways.items()}
 
@@ -189,8 +189,8 @@ def by_solve(solve):
     return relative_error(gradient_by(hj.implicit(plain, optimality, solve=solve)))
 
 
-neumann = [by_solve(hj.neumann(k, RATE)) for k in counts]
-cg = [by_solve(hj.cg(maxiter=k, tol=0.0)) for k in iterations]
+neumann = [by_solve(hj.linsolve.neumann(k, RATE)) for k in counts]
+cg = [by_solve(hj.linsolve.cg(maxiter=k, tol=0.0)) for k in iterations]
 contraction = 1 - RATE * eigenvalues[0]
 
 figure, axes = plt.subplots()
@@ -222,7 +222,7 @@ def solve_directly(h, carry, batches):
     return solution(h, jax.tree.map(lambda x: x[-1], batches))[0], carry
 
 
-ridge = hj.implicit(solve_directly, optimality, solve=hj.cg(tol=1e-12))
+ridge = hj.implicit(solve_directly, optimality, solve=hj.linsolve.cg(tol=1e-12))
 tuner = hj.tune(hj.hypergradient(ridge, score, lambda w, h: w), optax.adam(0.3))
 splits = repeat(hj.Split(repeat(train, 1), valid), OUTER + 1)
 _, path = hj.run(tuner, tuner.init(jnp.zeros(FEATURES), start), splits)

@@ -244,8 +244,8 @@ UNROLLS = {
     "unroll, truncate=50": {"truncate": 50},
 }
 SOLVES = {
-    "implicit": hj.cg(maxiter=20, tol=1e-14),
-    "implicit, neumann": hj.neumann(STEPS, 0.6),  # the same contraction as the descent
+    "implicit": hj.linsolve.cg(maxiter=20, tol=1e-14),
+    "implicit, neumann": hj.linsolve.neumann(STEPS, 0.6),  # the same contraction as the descent
 }
 RESPONSES = (*SOLVES, *UNROLLS, "best_response")
 

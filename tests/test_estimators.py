@@ -56,7 +56,7 @@ def test_response_with_a_vjp_of_its_own_is_asked_for_it():
     assert result.info == "report"
 
 
-@pytest.mark.parametrize("solver", [hj.cg(maxiter=3, tol=0), hj.neumann(4, 0.6)])
+@pytest.mark.parametrize("solver", [hj.linsolve.cg(maxiter=3, tol=0), hj.linsolve.neumann(4, 0.6)])
 def test_info_of_implicit_is_that_of_the_adjoint_system(solver):
     p = problems.ridge(steps=10)
     response = hj.implicit(hj.unroll(p.inner.step), hj.stationary(p.loss), solve=solver)
@@ -142,7 +142,7 @@ def test_forward_mode_needs_no_reverse_rule():
 def test_game_has_the_gradient_of_its_closed_form():
     g = problems.game()
     p = g.problem
-    response = hj.implicit(hj.unroll(p.inner.step), hj.stationary(p.loss), solve=hj.cg(tol=1e-14))
+    response = hj.implicit(hj.unroll(p.inner.step), hj.stationary(p.loss), solve=hj.linsolve.cg(tol=1e-14))
     estimator = hj.hypergradient(response, p.score, p.inner.init)
     at = lambda h: jit(estimator.estimate)(h, estimator.init(p.params, h), p.split)[0]
     assert jnp.linalg.norm(at(jnp.asarray(g.leader)).grad) < 1e-12

@@ -41,7 +41,7 @@ def test_cg_in_float32_is_right_at_any_size(size):
     diagonal = np.random.default_rng(0).uniform(1.0, 2.0, size).astype(np.float32)
     b = vector(1, size).astype(np.float32)
     tol = 1e-5
-    x, info = jit(lambda b: hj.cg(tol=tol)(lambda v: diagonal * v, b))(b)
+    x, info = jit(lambda b: hj.linsolve.cg(tol=tol)(lambda v: diagonal * v, b))(b)
     exact = b.astype(np.float64) / diagonal
     # By the residual of the recurrence it has reached `tol`; rounding adds a few eps.
     bound = 2 * (tol + 8 * np.finfo(np.float32).eps)
@@ -57,7 +57,7 @@ def test_cg_does_not_depend_on_units(a_scale, b_scale):
     # float32, where a fixed threshold anywhere would show at once.
     a = symmetric(0, np.linspace(1, 30, 40)).astype(np.float32)
     b = vector(1, 40).astype(np.float32)
-    solver = hj.cg(maxiter=12, tol=1e-6)
+    solver = hj.linsolve.cg(maxiter=12, tol=1e-6)
     plain, info = solve_dense(solver, a, b)
     scaled, again = solve_dense(solver, np.float32(a_scale) * a, np.float32(b_scale) * b)
     assert again.iterations == info.iterations
@@ -71,7 +71,7 @@ def test_cg_takes_pytrees():
     a, b = symmetric(0, np.linspace(1, 5, 7)), vector(1, 7)
     split = lambda v: {"one": v[:3], "two": [v[3:6].reshape(3, 1), v[6]]}
     join = lambda t: jnp.concatenate([t["one"], t["two"][0].ravel(), t["two"][1][None]])
-    x, _ = hj.cg(tol=1e-12)(lambda t: split(a @ join(t)), split(jnp.asarray(b)))
+    x, _ = hj.linsolve.cg(tol=1e-12)(lambda t: split(a @ join(t)), split(jnp.asarray(b)))
     assert error(join(x), np.linalg.solve(a, b)) < 1e-11
 
 
@@ -85,7 +85,7 @@ def test_cg_cut_short_is_the_optimum_of_its_krylov_space():
     for k in range(1, 9):
         coefficients = np.linalg.lstsq(root @ basis, root @ exact, rcond=None)[0]
         # tol=0: nothing else ends it. Residuals fall all along here, so the best is the last.
-        x, info = solve_dense(hj.cg(maxiter=k, tol=0), a, b)
+        x, info = solve_dense(hj.linsolve.cg(maxiter=k, tol=0), a, b)
         assert info.iterations == k
         assert error(x, basis @ coefficients) < 1e-10
         new = a @ basis[:, -1]
@@ -95,21 +95,21 @@ def test_cg_cut_short_is_the_optimum_of_its_krylov_space():
 
 def test_cg_damps():
     a, b = symmetric(0, np.linspace(0.1, 3, 20)), vector(1, 20)
-    x, info = solve_dense(hj.cg(tol=1e-12, damping=0.7), a, b)
+    x, info = solve_dense(hj.linsolve.cg(tol=1e-12, damping=0.7), a, b)
     assert error(x, np.linalg.solve(a + 0.7 * np.eye(20), b)) < 1e-11
     assert info.curvature > 0.8  # of the damped matrix, as documented
 
 
 def test_damping_makes_an_indefinite_matrix_solvable():
     a, b = symmetric(0, np.linspace(-1, 3, 20)), vector(1, 20)
-    x, info = solve_dense(hj.cg(tol=1e-12, damping=1.5), a, b)
+    x, info = solve_dense(hj.linsolve.cg(tol=1e-12, damping=1.5), a, b)
     assert error(x, np.linalg.solve(a + 1.5 * np.eye(20), b)) < 1e-11
     assert info.curvature > 0
 
 
 def test_zero_right_hand_side_has_a_zero_solution():
     a = jnp.asarray(symmetric(0, np.linspace(1, 2, 5)))
-    for solver in (hj.cg(), hj.neumann(10, 0.5)):
+    for solver in (hj.linsolve.cg(), hj.linsolve.neumann(10, 0.5)):
         x, info = solver(lambda v: a @ v, jnp.zeros(5))
         assert not jnp.any(x)
         assert info.residual == 0
@@ -123,7 +123,7 @@ def test_zero_right_hand_side_has_a_zero_solution():
 def test_cg_stops_at_negative_curvature(seed):
     a = symmetric(seed, np.concatenate([[-1.0, -0.1], np.linspace(0.5, 5, 18)]))
     b = vector(seed, 20)
-    x, info = solve_dense(hj.cg(maxiter=100, tol=1e-10), a, b)
+    x, info = solve_dense(hj.linsolve.cg(maxiter=100, tol=1e-10), a, b)
     assert info.curvature <= 0
     assert info.iterations < 100
     assert info.residual <= 1
@@ -137,7 +137,7 @@ def test_cg_returns_its_last_iterate_where_all_curvature_is_positive():
     assert max(textbook) > 1 and np.any(np.diff(textbook) > 0)
     exact, errors = np.linalg.solve(a, b), []
     for k in (1, 4, 8, 12):
-        x, info = solve_dense(hj.cg(maxiter=k, tol=0), a, b)
+        x, info = solve_dense(hj.linsolve.cg(maxiter=k, tol=0), a, b)
         assert error(info.residual, textbook[k - 1]) < 1e-9
         errors.append(error(x, exact))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5
@@ -147,7 +147,7 @@ def test_cg_returns_its_last_iterate_where_all_curvature_is_positive():
 def test_cg_returns_the_smallest_residual_where_it_met_negative_curvature(seed):
     a = symmetric(seed, np.concatenate([[-1e-2], np.geomspace(1e-3, 1, 30)]))
     b = vector(seed, 31)
-    x, info = solve_dense(hj.cg(maxiter=60, tol=0), a, b)
+    x, info = solve_dense(hj.linsolve.cg(maxiter=60, tol=0), a, b)
     assert info.curvature <= 0
     usable = textbook_residuals(a, b, int(info.iterations) - 1)
     assert max(usable) > 1
@@ -170,14 +170,14 @@ def test_cg_in_float32_reports_the_true_residual():
     # 1e-4. The report is the true one, up to the rounding of one product.
     a = symmetric(0, np.geomspace(1e-4, 1, 100)).astype(np.float32)
     b = vector(1, 100).astype(np.float32)
-    x, info = solve_dense(hj.cg(maxiter=2000, tol=1e-6), a, b)
+    x, info = solve_dense(hj.linsolve.cg(maxiter=2000, tol=1e-6), a, b)
     assert info.iterations < 2000  # it thinks that it has converged
     assert residual(a, x, b) > 1e-5
     assert error(info.residual, residual(a, x, b)) < 0.2
 
 
 def test_cg_with_a_nan_matrix_returns_zero():
-    x, info = hj.cg()(lambda v: v * jnp.nan, jnp.ones(3))
+    x, info = hj.linsolve.cg()(lambda v: v * jnp.nan, jnp.ones(3))
     assert not jnp.any(x)
     assert not info.residual <= 1  # nothing is claimed
 
@@ -194,7 +194,7 @@ def test_vmapped_cg_stops_row_by_row():
     )
     b = np.stack([vector(s, 12) for s in range(4)])
     b[3] = 0
-    solver = hj.cg(maxiter=50, tol=1e-10)
+    solver = hj.linsolve.cg(maxiter=50, tol=1e-10)
     together = jit(jax.vmap(lambda a, b: solver(lambda v: a @ v, b)))(matrices, b)
     alone = [solve_dense(solver, a, c) for a, c in zip(matrices, b, strict=True)]
     x, info = jax.tree.map(lambda *rows: np.stack(rows), *alone)
@@ -208,13 +208,13 @@ def test_vmapped_cg_stops_row_by_row():
 
 def test_info_agrees_with_dense_linear_algebra():
     a, b = symmetric(0, np.linspace(1, 10, 25)), vector(1, 25)
-    for solver in (hj.cg(maxiter=6, tol=0), hj.neumann(6, 0.1)):
+    for solver in (hj.linsolve.cg(maxiter=6, tol=0), hj.linsolve.neumann(6, 0.1)):
         x, info = solve_dense(solver, a, b)
         assert info.iterations == 6 and jnp.asarray(info.iterations).dtype == jnp.int32
         assert error(info.residual, residual(a, x, b)) < 1e-12
         # A Rayleigh quotient of something, hence no less than the least eigenvalue.
         assert 1 - 1e-12 <= info.curvature <= 10
-    _, info = solve_dense(hj.cg(maxiter=1, tol=0), a, b)  # the first direction is b
+    _, info = solve_dense(hj.linsolve.cg(maxiter=1, tol=0), a, b)  # the first direction is b
     assert error(info.curvature, b @ a @ b / (b @ b)) < 1e-12
 
 
@@ -225,7 +225,7 @@ def test_neumann_is_its_series():
     a, b = symmetric(0, np.linspace(0.5, 1.5, 10)), vector(1, 10)
     step = np.eye(10) - 0.8 * a
     expected = 0.8 * sum(np.linalg.matrix_power(step, i) @ b for i in range(7))
-    x, info = solve_dense(hj.neumann(7, 0.8), a, b)
+    x, info = solve_dense(hj.linsolve.neumann(7, 0.8), a, b)
     assert error(x, expected) < 1e-14
     # b - A x = (I - scale A)^terms b
     left = np.linalg.norm(np.linalg.matrix_power(step, 7) @ b) / np.linalg.norm(b)
@@ -235,13 +235,13 @@ def test_neumann_is_its_series():
 
 def test_neumann_reports_that_it_diverges():
     a, b = symmetric(0, np.linspace(1, 3, 10)), vector(1, 10)
-    _, info = solve_dense(hj.neumann(50, 0.8), a, b)  # 0.8 > 2 / 3
+    _, info = solve_dense(hj.linsolve.neumann(50, 0.8), a, b)  # 0.8 > 2 / 3
     assert info.residual > 1
 
 
 def test_neumann_can_be_exact():
     # A residual of zero before the last term has no curvature, and nothing is divided by it.
-    x, info = hj.neumann(5, 0.5)(lambda v: 2 * v, jnp.ones(3))
+    x, info = hj.linsolve.neumann(5, 0.5)(lambda v: 2 * v, jnp.ones(3))
     assert jnp.all(x == 0.5)
     assert info.residual == 0
     assert info.curvature == 2
@@ -277,7 +277,7 @@ DERIVATIVES = {
     "reverse over forward": lambda f: jax.jacrev(jax.jacfwd(f)),
     "forward over forward": lambda f: jax.jacfwd(jax.jacfwd(f)),
 }
-CG = hj.cg(tol=1e-14)
+CG = hj.linsolve.cg(tol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_linear_solve_has_the_derivatives_of_the_solution(solver, name):
 
     def ours(t):
         a = matrix(t)
-        return hj.linear_solve(solver, lambda v: a @ v, b(t))[0]
+        return hj.linsolve.linear_solve(solver, lambda v: a @ v, b(t))[0]
 
     dense = lambda t: jnp.linalg.solve(matrix(t), b(t))
     assert error(jit(derivative(ours))(0.4), jit(derivative(dense))(0.4)) < 1e-10
@@ -304,7 +304,7 @@ def test_linear_solve_under_vmap_of_grad():
 
     def ours(t):
         a = nonsymmetric(t)
-        return weights @ hj.linear_solve(lu, lambda v: a @ v, weights + t)[0]
+        return weights @ hj.linsolve.linear_solve(lu, lambda v: a @ v, weights + t)[0]
 
     dense = lambda t: weights @ jnp.linalg.solve(nonsymmetric(t), weights + t)
     t = jnp.linspace(0, 1, 5)
@@ -313,7 +313,7 @@ def test_linear_solve_under_vmap_of_grad():
 
 def test_info_has_no_derivative():
     def report(t):
-        return hj.linear_solve(hj.cg(maxiter=2), lambda v: definite(t) @ v, jnp.ones(4))[1].residual
+        return hj.linsolve.linear_solve(hj.linsolve.cg(maxiter=2), lambda v: definite(t) @ v, jnp.ones(4))[1].residual
 
     assert jax.grad(report)(0.3) == 0
     assert jax.jvp(report, (0.3,), (1.0,))[1] == 0

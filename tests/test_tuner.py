@@ -44,7 +44,7 @@ def estimators(p, inner):
     yield "binomial", make(hj.unroll(inner.step, checkpoint="binomial"))
     yield "truncate", make(hj.unroll(inner.step, truncate=2))
     yield "cg", make(hj.implicit(unroll, optimality))
-    yield "neumann", make(hj.implicit(unroll, optimality, solve=hj.neumann(3, 0.1)))
+    yield "neumann", make(hj.implicit(unroll, optimality, solve=hj.linsolve.neumann(3, 0.1)))
     yield "score_only", hj.score_only(unroll, p.score, inner.init)
     yield "restart", hj.restart(make(unroll))
 
@@ -156,7 +156,7 @@ def test_traces_do_not_grow_with_the_run(name):
 def test_tuning_finds_the_leader():
     g = problems.game()
     p = g.problem
-    response = hj.implicit(hj.unroll(p.inner.step), hj.stationary(p.loss), solve=hj.cg(tol=1e-14))
+    response = hj.implicit(hj.unroll(p.inner.step), hj.stationary(p.loss), solve=hj.linsolve.cg(tol=1e-14))
     estimator = hj.hypergradient(response, p.score, p.inner.init)
     tuner = hj.tune(estimator, optax.sgd(float(1 / np.linalg.norm(g.hessian, 2))))
     # Descent at that rate contracts by 1 - 1 / condition.

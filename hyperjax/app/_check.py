@@ -10,7 +10,7 @@ from .. import _tree
 from .._estimators import hypergradient
 from .._implicit import implicit, root_vjp
 from .._inner import InnerState, stationary
-from .._linsolve import cg
+from ..linsolve import cg
 from .._unroll import unroll
 from ..tasks import Task
 from ._check_finite import Doctor, Finding

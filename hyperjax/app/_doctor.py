@@ -14,7 +14,7 @@ import optax
 from .._estimators import hypergradient
 from .._implicit import implicit
 from .._inner import inner, stationary
-from .._linsolve import cg
+from ..linsolve import cg
 from .._types import Split
 from .._unroll import unroll
 from ..tasks._data import VARIABLE

@@ -1,0 +1,1 @@
+"""Gradients of smoothed objectives from evaluations only."""

@@ -1,0 +1,1 @@
+"""Pieces of optax whose derivatives are finite and that take traced hyperparameters."""

@@ -1,0 +1,1 @@
+"""Hypergradients along training: no second run, no storage of the first."""
