@@ -1,0 +1,114 @@
+"""What the benchmarks share: an environment with the peers, timing by turns, and the record."""
+
+import atexit
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def environment(packages: Iterable[str]) -> Path:
+    """The Python of a new virtual environment with this checkout of hyperjax and `packages`.
+
+    It is removed when the calling program ends.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="hyperjax-benchmark-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    subprocess.run([*install, "-e", str(ROOT), *packages], check=True)
+    return python
+
+
+def compiled(function: Callable, *arguments: Any) -> tuple[Callable[[], Any], dict[str, float]]:
+    """A call of the compiled `function` without arguments, and what compiling it showed.
+
+    `temp_bytes` is the memory of the program beside its inputs and outputs, as XLA plans it.
+    """
+    import jax
+
+    start = time.perf_counter()
+    program = jax.jit(function).lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    memory = program.memory_analysis()
+    facts = {"compile_s": seconds, "temp_bytes": memory.temp_size_in_bytes}
+    return lambda: program(*arguments), facts
+
+
+def median_times(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict]:
+    """Wall and CPU seconds per call, medians of `repeats` rounds in which each has its turn.
+
+    By turns, so that what else the machine does meets all of them; one round before to warm up.
+    """
+    import jax
+
+    walls: dict[str, list[float]] = {name: [] for name in calls}
+    cpus: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            jax.block_until_ready(call())
+            if turn:
+                walls[name].append(time.perf_counter() - wall)
+                cpus[name].append(time.process_time() - cpu)
+    return {
+        name: {
+            "wall_s": statistics.median(walls[name]),
+            "wall_min_s": min(walls[name]),
+            "cpu_s": statistics.median(cpus[name]),
+            "repeats": repeats,
+        }
+        for name in calls
+    }
+
+
+def record(name: str, data: Mapping[str, Any]) -> Path:
+    """Write results/<name>.json: the data, and the machine, versions and commit it came from."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"commit": commit(), "env": machine(), **data}, indent=1) + "\n")
+    return path
+
+
+def commit() -> str:
+    """HEAD, marked if the library or the benchmarks differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    run = lambda *args: subprocess.run([*git, *args], capture_output=True, text=True, check=True)
+    changed = run("status", "--porcelain", "--", "hyperjax", "kernels", "benchmarks/*.py").stdout
+    return run("rev-parse", "HEAD").stdout.strip() + (" and changes" if changed else "")
+
+
+def machine() -> dict[str, Any]:
+    import jax
+
+    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "versions": dict(sorted(installed.items())),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
