@@ -12,6 +12,7 @@ from ._estimators import score_only as score_only
 from ._hypernet import GatedLeaf as GatedLeaf
 from ._hypernet import Hypernet as Hypernet
 from ._hypernet import gated as gated
+from ._implicit import Adjoint as Adjoint
 from ._implicit import AdjointInfo as AdjointInfo
 from ._implicit import ImplicitResponse as ImplicitResponse
 from ._implicit import implicit as implicit

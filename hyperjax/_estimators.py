@@ -28,8 +28,8 @@ def hypergradient(
     same for any number.
 
     `Estimate.info` is what the response reports: an `AdjointInfo` from `implicit` in reverse mode,
-    `()` from responses that have nothing to solve. A response reports by a method `vjp` like that
-    of `ImplicitResponse`.
+    `()` from responses that have nothing to solve. A response reports by a method `estimate` like
+    that of `ImplicitResponse`.
 
     Raises TypeError at trace time for hparams that are not floating point or a score that is not a
     scalar.
@@ -47,18 +47,13 @@ def hypergradient(
 
 
 def _reverse(response, score, hparams, carry, split):
-    (params, carry), pullback = _vjp(response, hparams, carry, split.train)
+    if hasattr(response, "estimate"):
+        return response.estimate(score, hparams, carry, split)
+    params, pull, carry = jax.vjp(lambda h: response(h, carry, split.train), hparams, has_aux=True)
     outer = jax.value_and_grad(lambda p, h: score(p, h, split.valid), argnums=(0, 1))
     value, (through, direct) = outer(params, hparams)
-    indirect, info = pullback(through)
-    return Estimate(value, jax.tree.map(jnp.add, direct, indirect), info), carry
-
-
-def _vjp(response, hparams, carry, batches):
-    if hasattr(response, "vjp"):
-        return response.vjp(hparams, carry, batches)
-    params, pull, carry = jax.vjp(lambda h: response(h, carry, batches), hparams, has_aux=True)
-    return (params, carry), lambda cotangent: (pull(cotangent)[0], ())
+    (indirect,) = pull(through)
+    return Estimate(value, jax.tree.map(jnp.add, direct, indirect), ()), carry
 
 
 def _forward(response, score, hparams, carry, split):

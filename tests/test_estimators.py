@@ -39,16 +39,17 @@ def test_direct_term_alone():
 
 
 class Reporting:
-    """A response that is differentiated by its own `vjp` and has something to tell."""
+    """A response that makes its own estimate and has something to tell."""
 
     def __call__(self, hparams, carry, batches):
-        raise AssertionError("its vjp should have been asked")
+        raise AssertionError("its estimate should have been asked for")
 
-    def vjp(self, hparams, carry, batches):
-        return (2 * hparams, carry), lambda cotangent: (3 * cotangent, "report")
+    def estimate(self, score, hparams, carry, split):
+        value = score(2 * hparams, hparams, split.valid)
+        return hj.Estimate(value, 3 * hparams, "report"), carry
 
 
-def test_response_with_a_vjp_of_its_own_is_asked_for_it():
+def test_response_with_an_estimate_of_its_own_is_asked_for_it():
     estimator = hj.hypergradient(Reporting(), lambda w, h, b: jnp.sum(w), lambda p, h: p)
     result, _ = estimator.estimate(jnp.ones(2), (), hj.Split(jnp.arange(2), None))
     assert result.value == 4
@@ -142,7 +143,9 @@ def test_forward_mode_needs_no_reverse_rule():
 def test_game_has_the_gradient_of_its_closed_form():
     g = problems.game()
     p = g.problem
-    response = hj.implicit(hj.unroll(p.inner.step), hj.stationary(p.loss), solve=hj.linsolve.cg(tol=1e-14))
+    response = hj.implicit(
+        hj.unroll(p.inner.step), hj.stationary(p.loss), solve=hj.linsolve.cg(tol=1e-14)
+    )
     estimator = hj.hypergradient(response, p.score, p.inner.init)
     at = lambda h: jit(estimator.estimate)(h, estimator.init(p.params, h), p.split)[0]
     assert jnp.linalg.norm(at(jnp.asarray(g.leader)).grad) < 1e-12

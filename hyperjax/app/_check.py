@@ -139,7 +139,7 @@ def look_at_end(problem: Problem, point: Point, end: InnerState) -> dict[str, An
         first = _tree.norm(optimality(point.params, raw, point.whole))
         cotangent = jax.grad(problem.score)(params, raw, point.split.valid)
         solve = cg(maxiter=_CG_STEPS)
-        grad, info = root_vjp(optimality, params, raw, point.whole, cotangent, solve=solve)
+        grad, _, info = root_vjp(optimality, params, raw, point.whole, cotangent, solve=solve)
         return first, grad, info
 
     first, grad, info = jax.jit(measure)(end.params, point.raw)
