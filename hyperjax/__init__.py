@@ -5,10 +5,13 @@ from . import exchange as exchange
 from . import guarded as guarded
 from . import linsolve as linsolve
 from . import online as online
+from . import prox as prox
 from ._best_response import best_response as best_response
 from ._estimators import hypergradient as hypergradient
 from ._estimators import restart as restart
 from ._estimators import score_only as score_only
+from ._fixed_point import fixed_point as fixed_point
+from ._fixed_point import iterate as iterate
 from ._hypernet import GatedLeaf as GatedLeaf
 from ._hypernet import Hypernet as Hypernet
 from ._hypernet import gated as gated
@@ -24,6 +27,8 @@ from ._inner import stationary as stationary
 from ._population import PopulationMetrics as PopulationMetrics
 from ._population import PopulationState as PopulationState
 from ._population import population as population
+from ._proximal import proximal as proximal
+from ._proximal import proximal_descent as proximal_descent
 from ._space import Range as Range
 from ._space import Space as Space
 from ._space import loguniform as loguniform
@@ -42,5 +47,7 @@ from ._types import SolveInfo as SolveInfo
 from ._types import Split as Split
 from ._types import Tuner as Tuner
 from ._unroll import unroll as unroll
+from ._warm_start import amortize as amortize
+from ._warm_start import warm_start as warm_start
 
 __version__ = "0.1.0"

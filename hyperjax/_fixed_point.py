@@ -1,0 +1,51 @@
+"""Equilibria: params that a map leaves where they are."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from . import _checks, _tree
+from ._inner import Inner, InnerState
+from ._types import Batch, HParams, Params
+
+Map: TypeAlias = Callable[[Params, HParams, Batch], Params]
+
+
+@dataclass(frozen=True)
+class Residual:
+    """An optimality `params - map(params)`, whose Jacobian is not symmetric in general."""
+
+    map: Map
+    symmetric = False  # tells `implicit` which linear solve to take
+
+    def __call__(self, params: Params, hparams: HParams, batch: Batch) -> Params:
+        return _tree.sub(params, self.map(params, hparams, batch))
+
+
+def fixed_point(map: Map) -> Residual:
+    """The optimality of params = map(params, hparams, batch), for `implicit`.
+
+    The map may be a layer (deep equilibrium models: Bai, Kolter and Koltun 2019, arXiv 1909.01377;
+    params are then the activations and hparams the weights), one step of an iterative algorithm,
+    or a Bellman operator. I - d map / d params has to be invertible at the fixed point, as it is
+    wherever the iteration contracts.
+    """
+    _checks.is_callable("fixed_point", "map", map)
+    return Residual(map)
+
+
+def iterate(map: Map) -> Inner:
+    """Training by applying `map` once per batch, for `unroll`."""
+    _checks.is_callable("iterate", "map", map)
+
+    def init(params: Params, hparams: HParams) -> InnerState:
+        del hparams
+        _checks.differentiable("iterate", "params", params)
+        return InnerState(_tree.strong(params), ())
+
+    def step(state: InnerState, hparams: HParams, batch: Batch) -> InnerState:
+        params = map(state.params, hparams, batch)
+        _checks.same_tree("iterate", "map", params, "params", state.params)
+        return InnerState(params, ())
+
+    return Inner(init, step)
