@@ -36,7 +36,8 @@ class Split(NamedTuple):
 class SolveInfo(NamedTuple):
     """How a linear solve went."""
 
-    iterations: jax.Array  # int32 scalar: products with the matrix, those for the report left out
+    # int32 scalar: products with the matrix, for preconditioners too, but not for this report
+    iterations: jax.Array
     residual: jax.Array  # |b - A x| / |b| of the returned x, in the 2-norm
     curvature: jax.Array  # smallest p'Ap / p'p met; inf if no direction was looked at
 
@@ -63,11 +64,12 @@ class Preconditioner(NamedTuple):
 
     `build(matvec, like) -> state` looks at A by products; `like` has the structure, shapes and
     types of the vectors. `apply(state, v) -> v` must be linear in v, symmetric and positive
-    definite.
+    definite. `products` says how many products `build` takes, for `SolveInfo.iterations`.
     """
 
     build: Callable[[MatVec, Params], State]
     apply: Callable[[State, Params], Params]
+    products: int = 0
 
 
 class Estimate(NamedTuple):

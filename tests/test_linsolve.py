@@ -194,16 +194,18 @@ def test_vmapped_cg_stops_row_by_row():
     )
     b = np.stack([vector(s, 12) for s in range(4)])
     b[3] = 0
-    solver = hj.linsolve.cg(maxiter=50, tol=1e-10)
+    solver = hj.linsolve.cg(maxiter=50, tol=1e-9)
     together = jit(jax.vmap(lambda a, b: solver(lambda v: a @ v, b)))(matrices, b)
     alone = [solve_dense(solver, a, c) for a, c in zip(matrices, b, strict=True)]
     x, info = jax.tree.map(lambda *rows: np.stack(rows), *alone)
     assert info.iterations[0] == 1 and info.iterations[1] > 5 and info.iterations[3] == 0
+    # Batched products are summed in another order, which the slow row amplifies by its condition:
+    # after 13 products its residual is 4e-11 in the batch and 2e-10 alone. The tolerance of 1e-9
+    # lies between those and the 4e-6 before, so that rounding does not decide the count.
     np.testing.assert_array_equal(together[1].iterations, info.iterations)
-    # Batched products are summed in another order; the slow row amplifies that by its condition.
     np.testing.assert_allclose(together[0], x, rtol=1e-9, atol=1e-12)
     # What is left of a residual at convergence is rounding.
-    np.testing.assert_allclose(together[1].residual, info.residual, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(together[1].residual, info.residual, rtol=1e-9, atol=1e-9)
 
 
 def test_info_agrees_with_dense_linear_algebra():
@@ -250,7 +252,7 @@ def test_neumann_can_be_exact():
 # ------------------------------------------------------------------------ linear_solve
 
 
-def lu(matvec, b):
+def lu(matvec, b, x0=None):
     """A direct solve of any matrix, as a user may pass: dense, from products with unit vectors."""
     a = jax.vmap(matvec, out_axes=1)(jnp.eye(b.size))
     x = jnp.linalg.solve(a, b)
@@ -313,7 +315,9 @@ def test_linear_solve_under_vmap_of_grad():
 
 def test_info_has_no_derivative():
     def report(t):
-        return hj.linsolve.linear_solve(hj.linsolve.cg(maxiter=2), lambda v: definite(t) @ v, jnp.ones(4))[1].residual
+        return hj.linsolve.linear_solve(
+            hj.linsolve.cg(maxiter=2), lambda v: definite(t) @ v, jnp.ones(4)
+        )[1].residual
 
     assert jax.grad(report)(0.3) == 0
     assert jax.jvp(report, (0.3,), (1.0,))[1] == 0

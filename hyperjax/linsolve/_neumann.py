@@ -1,36 +1,73 @@
 """The Neumann series."""
 
+from typing import Literal
+
 import jax.numpy as jnp
 from jax import lax
 
 from .. import _checks, _tree
-from .._types import LinearSolve, MatVec, Params, SolveInfo
+from .._types import LinearSolve, MatVec, Params, Scalar, SolveInfo
+from ._common import scaled, start_from
 
 
-def neumann(terms: int, scale: float) -> LinearSolve:
-    """The truncated series x = scale * sum over i < terms of (I - scale A)^i b.
+def neumann(
+    terms: int, scale: float | Scalar | Literal["auto"] = "auto", *, powers: int = 6
+) -> LinearSolve:
+    """The truncated series x = x0 + scale * sum over i < terms of (I - scale A)^i (b - A x0).
 
-    It converges for 0 < scale < 2 / (largest eigenvalue of A); `SolveInfo.residual` above 1 shows
-    that it does not. Lorraine, Vicol and Duvenaud 2020 (arXiv 1911.02590), Algorithm 3; their code
-    omits the leading `scale`.
+    Args:
+      terms: products with A in the series.
+      scale: in the units of 1 / A. For symmetric A it converges for 0 < scale < 2 / (largest
+        eigenvalue); `SolveInfo.residual` above 1 shows that it does not. "auto" takes 1 / |A v|
+        for the unit vector v that `powers` - 1 power iterations make of the right-hand side: it
+        converges if A is symmetric, positive definite, and |A v| has come above half the largest
+        eigenvalue. The right scale for the map of a fixed point, A = I - J, is 1.
+      powers: products spent on "auto"; they are counted in `SolveInfo.iterations`.
+
+    The power iterations begin at the right-hand side and need no key: what it has no part in, the
+    series does not meet either.
+
+    Raises ValueError for arguments out of range.
+
+    Lorraine, Vicol and Duvenaud 2020 (arXiv 1911.02590), Algorithm 3; their code omits the leading
+    `scale`.
     """
     _checks.positive_int("neumann", "terms", terms)
-    if not scale > 0:
-        raise ValueError(f"neumann: `scale` must be positive; got {scale!r}.")
+    _checks.positive_int("neumann", "powers", powers)
+    if isinstance(scale, str):
+        _checks.one_of("neumann", "scale", scale, ("auto",))
+    else:
+        _checks.number("neumann", "scale", scale, positive=True)
 
-    def solve(matvec: MatVec, b: Params) -> tuple[Params, SolveInfo]:
+    def solve(matvec: MatVec, b: Params, x0: Params | None = None, /) -> tuple[Params, SolveInfo]:
+        size, unit = scaled(b)
+        if isinstance(scale, str):
+            step, spent = _inverse_norm(matvec, unit, powers), powers
+        else:
+            step, spent = scale, 0
+        x, r, count = start_from(matvec, unit, size, x0)
+
         def body(state, _):
-            x, r, low = state  # r = (I - scale A)^i b is also the residual b - A x
+            x, r, low = state  # r is the residual b - A x
             ar, rr = matvec(r), _tree.dot(r, r)
             curvature = _tree.dot(r, ar) / jnp.where(rr > 0, rr, 1)
             low = jnp.where(rr > 0, jnp.minimum(low, curvature), low)  # r = 0 has no curvature
-            return (_tree.axpy(scale, r, x), _tree.axpy(-scale, ar, r), low), None
+            return (_tree.axpy(step, r, x), _tree.axpy(-step, ar, r), low), None
 
-        size = _tree.norm(b)
-        unit = _tree.scale(1 / jnp.where(size > 0, size, 1), b)
-        infinite = _tree.dot(unit, unit) * 0 + jnp.inf
-        (x, r, low), _ = lax.scan(body, (_tree.zeros_like(b), unit, infinite), None, length=terms)
-        count = (size * 0).astype(jnp.int32) + terms
-        return _tree.scale(size, x), SolveInfo(count, _tree.norm(r), low)
+        infinite = _tree.dot(r, r) * 0 + jnp.inf
+        (x, r, low), _ = lax.scan(body, (x, r, infinite), None, length=terms)
+        return _tree.scale(size, x), SolveInfo(count + terms + spent, _tree.norm(r), low)
 
     return solve
+
+
+def _inverse_norm(matvec: MatVec, v: Params, powers: int) -> Scalar:
+    """1 / |A v| after `powers` products, each on the unit vector along the last; 1 if A v = 0."""
+
+    def body(state, _):
+        v, _ = state
+        size, v = scaled(matvec(v))
+        return (v, size), None
+
+    (_, size), _ = lax.scan(body, (v, _tree.dot(v, v)), None, length=powers)
+    return 1 / jnp.where(size > 0, size, 1)
