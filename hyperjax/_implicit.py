@@ -114,6 +114,7 @@ class ImplicitResponse:
         # Stopped on the way in as well as out: the loop is then never linearized at all.
         inputs = lax.stop_gradient((hparams, carry, batches))
         params, carry = lax.stop_gradient(self.response(*inputs))
+        _checks.differentiable("implicit", "params", params)
         zero = jax.eval_shape(self.optimality, params, hparams, _tree.last(batches))
         _checks.same_tree("implicit", "optimality", zero, "params", params)
         return params, carry
@@ -156,7 +157,7 @@ def implicit(
     shard_map; docs/transforms.md has the table that the tests write.
 
     Raises ValueError at trace time if `optimality` does not return a tree like params, or
-    `convexity` is not positive.
+    `convexity` is not positive; TypeError for params that are not real floating-point arrays.
 
     Reference: Lorraine, Vicol and Duvenaud 2020 (arXiv 1911.02590), Theorem 1. They approximate
     the inverse by a Neumann series, here it is truncated CG; see `linsolve` for theirs.

@@ -134,6 +134,34 @@ def test_unconverged_training_is_reported():
     assert near.info.stationarity < 1e-14
 
 
+# ------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_params_of_low_precision_are_solved_for_in_float32(dtype):
+    p = problems.ridge()
+    low = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
+    inner = hj.inner(p.loss, lambda _: optax.sgd(0.6))
+    response = hj.implicit(hj.unroll(inner.step), hj.stationary(p.loss))
+    e = hj.hypergradient(response, p.score, inner.init)
+    estimate = lambda h: e.estimate(h, e.init(low(p.params), h), low(p.split))[0]
+    result = jit(estimate)(low(p.hparams))
+    assert result.grad.dtype == dtype
+    assert result.info.solve.residual.dtype == jnp.float32
+    truth = problems.ridge_answers(np.asarray(low(p.hparams), float), p.split).gradient
+    # Params, data and products are rounded to eps; a few of them meet in each entry.
+    assert distance(result.grad, truth) < 16 * float(jnp.finfo(dtype).eps) * np.linalg.norm(truth)
+
+
+def test_complex_params_are_refused():
+    train = lambda h, carry, batches: (carry, carry)
+    response = hj.implicit(train, lambda w, h, b: w - h)
+    e = hj.hypergradient(response, lambda w, h, b: jnp.sum(jnp.abs(w)), lambda p, h: p)
+    h, w = jnp.ones(2), jnp.ones(2, complex)
+    with pytest.raises(TypeError, match="implicit: every leaf of `params`.*complex128"):
+        e.estimate(h, e.init(w, h), hj.Split(jnp.arange(1), None))
+
+
 # ------------------------------------------------------------------- tolerances that follow
 
 

@@ -1,6 +1,7 @@
 """A derivative for any solve."""
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from .._types import LinearSolve, MatVec, Params, PyTree, SolveInfo
@@ -14,7 +15,18 @@ def linear_solve(
     The derivative is that of the exact solution, dx = A^-1 (db - dA x), with A^-1 applied by
     `solve` again, from zero. `matvec` may close over values that are differentiated. Inside
     shard_map, b must be replicated or vary over the same axes in all leaves, and x0 like b.
+
+    Leaves of half precision are solved for in float32, where inner products and residuals mean
+    something; only their products with A are in their own precision.
     """
+    types = jax.tree.map(jnp.result_type, b)
+    wide = jax.tree.map(lambda t: jnp.promote_types(t, jnp.float32), types)
+    if wide != types:
+        cast = lambda tree, to: jax.tree.map(lambda v, t: v.astype(t), tree, to)
+        product = lambda v: cast(matvec(cast(v, types)), wide)
+        start = None if x0 is None else cast(x0, wide)
+        x, info = linear_solve(solve, product, cast(b, wide), start)
+        return cast(x, types), info
 
     def run(matvec, b, x0=None):
         x, info = solve(matvec, b, x0)
