@@ -43,6 +43,8 @@ from ._tuner import tune as tune
 from ._types import Estimate as Estimate
 from ._types import Estimator as Estimator
 from ._types import Exchange as Exchange
+from ._types import LinearSolve as LinearSolve
+from ._types import Preconditioner as Preconditioner
 from ._types import SolveInfo as SolveInfo
 from ._types import Split as Split
 from ._types import Tuner as Tuner

@@ -10,7 +10,6 @@ from jax import lax
 from . import _checks, _tree
 from ._error_bound import error_bound
 from ._types import (
-    AdaptiveSolve,
     Batch,
     Batches,
     Carry,
@@ -25,10 +24,7 @@ from ._types import (
     SolveInfo,
     Split,
 )
-from . import linsolve as _ls
-from .linsolve import cg, linear_solve
-
-gmres = getattr(_ls, "gmres", None)
+from .linsolve import AdaptiveSolve, cg, gmres, linear_solve
 
 
 class AdjointInfo(NamedTuple):

@@ -53,12 +53,6 @@ class LinearSolve(Protocol):
     ) -> tuple[Params, SolveInfo]: ...
 
 
-class AdaptiveSolve(NamedTuple):
-    """A linear solve whose accuracy depends on how far params are from stationary."""
-
-    at: Callable[[Scalar], LinearSolve]  # |optimality(params)|, 2-norm -> solve
-
-
 class Preconditioner(NamedTuple):
     """An approximation of A^-1 that is kept as arrays, so that it can outlive one solve.
 

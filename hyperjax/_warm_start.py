@@ -22,6 +22,7 @@ from ._types import (
     PyTree,
     Split,
 )
+from .linsolve import prebuilt
 
 
 class WarmCarry(NamedTuple):
@@ -79,8 +80,7 @@ def amortize(
       preconditioner: built from products with the transposed Jacobian of optimality.
       solve: makes the adjoint solve from it, for example
         `lambda p: linsolve.cg(maxiter=5, preconditioner=p)`; it takes the place of `response`'s.
-      refresh: estimates for which one preconditioner serves. The products that building takes are
-        not in `SolveInfo.iterations`.
+      refresh: estimates for which one preconditioner serves.
 
     Under vmap every estimate pays for building, since there both sides of a condition are computed.
     Raises ValueError unless `refresh` is a positive integer.
@@ -105,22 +105,32 @@ def amortize(
         params, trained = response(hparams, carry.carry, split.train)
         end = lax.stop_gradient((params, hparams, _tree.last(split.train)))
         _, pullback = jax.vjp(lambda p: response.optimality(p, *end[1:]), end[0])
+        due = carry.age % refresh == 0
         factor = lax.cond(
-            carry.age % refresh == 0,
+            due,
             lambda: preconditioner.build(lambda v: pullback(v)[0], end[0]),
             lambda: carry.factor,
         )
-        kept = Preconditioner(lambda matvec, like: factor, preconditioner.apply)
         # Trained once: what is left to do starts from the params that came out.
         solved = dataclasses.replace(
-            response, response=lambda h, c, b: (params, trained), solve=solve(kept)
+            response,
+            response=lambda h, c, b: (params, trained),
+            solve=solve(prebuilt(preconditioner, factor)),
         )
         result, trained, adjoint = solved.estimate_from(
             carry.adjoint, score, hparams, carry.carry, split
         )
+        result = _charge(result, jnp.where(due, preconditioner.products, 0))
         return result, AmortizedCarry(trained, _usable(adjoint), factor, carry.age + 1)
 
     return Estimator(first, estimate)
+
+
+def _charge(result: Estimate, products: jax.Array) -> Estimate:
+    """`result` with the products that building took among the iterations of its solve."""
+    solve = result.info.solve
+    solve = solve._replace(iterations=solve.iterations + products)
+    return result._replace(info=result.info._replace(solve=solve))
 
 
 def _usable(adjoint: Params) -> Params:
