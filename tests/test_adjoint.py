@@ -261,14 +261,15 @@ def test_a_preconditioner_serves_for_many_estimates():
         p.score,
         p.inner.init,
         preconditioner=exact,
-        solve=lambda q: hj.linsolve.cg(maxiter=1, tol=0, preconditioner=q),
+        solve=lambda q: hj.linsolve.cg(maxiter=2, tol=0, preconditioner=q),
         refresh=4,
     )
     errors, carry = gradient_errors(e, p, 8)
     jax.effects_barrier()
     assert len(builds) == 1 + 2  # one to learn its shapes
     assert carry.age == 8
-    # Fresh, one step with the exact inverse is exact; aged by three moves of 0.01 nearly so.
+    # One product is for the start. Fresh, a step with the exact inverse is exact; aged by three
+    # moves of 0.01 nearly so.
     assert errors[0] < 1e-12 and errors[4] < 1e-12
     assert 1e-12 < max(errors) < 1e-4
     start = e.init(p.params, p.hparams)

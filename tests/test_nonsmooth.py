@@ -220,12 +220,12 @@ def test_deep_equilibrium_against_finite_differences():
     assert result.info.solve.residual < 1e-12
 
     # CG takes the matrix for symmetric, and its report says that it did not work.
-    # Six unknowns, six steps: enough if it were.
+    # Six unknowns, six steps: down to rounding if it were.
     solve = hj.linsolve.cg(maxiter=6)
     wrong = hj.implicit(hj.unroll(inner.step), hj.fixed_point(equilibrium), solve=solve)
     e = hj.hypergradient(wrong, equilibrium_score, inner.init)
     other = jit(lambda h: e.estimate(h, e.init(jnp.zeros(6), h), steps)[0])(h)
-    assert other.info.solve.residual > 1e-3
+    assert other.info.solve.residual > 1e-5
 
 
 def test_a_fixed_point_has_forward_mode_and_hessians():
