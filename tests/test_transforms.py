@@ -3,11 +3,7 @@
 `python tests/test_transforms.py --write` writes docs/transforms.md; a test compares it.
 """
 
-import functools
-import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +13,9 @@ import problems
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from problems import Case, case, error, jit, last
+from transform_table import DOCS, Table
 
 import hyperjax as hj
-
-PAGE = Path(__file__).parents[1] / "docs" / "transforms.md"
-EXACT = 1e-10  # relative; the errors themselves are at 1e-15 and differ from machine to machine
 
 COLUMNS = {
     "implicit": "`implicit`",
@@ -36,12 +30,7 @@ ROWS: dict[str, Callable[[str], float]] = {}
 
 def row(label: str):
     """Register a function from the name of a response to its relative error."""
-
-    def register(function):
-        ROWS[label] = function
-        return function
-
-    return register
+    return lambda function: ROWS.setdefault(label, function)
 
 
 def value(c: Case) -> Callable:
@@ -382,10 +371,11 @@ REFUSED = {
     ("`jvp`, an op with only a `custom_vjp` in the loss", BINOMIAL): (TypeError, FORWARD),
     ("`grad`, a response within a response", BINOMIAL): (ValueError, TWICE),
 }
-REWRITE = "docs/transforms.md is stale: python tests/test_transforms.py --write"
 
 # A closed form exists for exact responses only.
-WITHOUT_ANSWER = {("`grad`, a response within a response", "best_response")}
+WITHOUT_ANSWER = {
+    ("`grad`, a response within a response", "best_response"): "no closed form",
+}
 
 HEAD = """\
 # Transformations
@@ -412,55 +402,27 @@ Instead of what is refused:
 """
 
 
-def cell(label: str, name: str) -> str:
-    """What a run gives. Raises where it is neither exact nor refused as expected."""
-    if (label, name) in WITHOUT_ANSWER:
-        return "no closed form"
-    if (label, name) in REFUSED:
-        kind, words = REFUSED[label, name]
-        with pytest.raises(kind, match=re.escape(words)):
-            ROWS[label](name)
-        return f"refused: {kind.__name__}"
-    assert ROWS[label](name) < EXACT
-    return "exact"
-
-
-def page(cells: Callable[[str, str], str]) -> str:
-    table = [["", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
-    table += [[label, *(cells(label, name) for name in COLUMNS)] for label in ROWS]
-    return HEAD + "".join(f"| {' | '.join(line)} |\n" for line in table) + TAIL
-
-
-@functools.cache
-def committed() -> dict[tuple[str, str], str]:
-    """The cells of the page as it is in the tree."""
-    found = {}
-    for line in PAGE.read_text(encoding="utf-8").splitlines():
-        label, *cells = (part.strip() for part in line.strip("|").split(" | "))
-        if label in ROWS and len(cells) == len(COLUMNS):
-            found |= {(label, name): text for name, text in zip(COLUMNS, cells, strict=True)}
-    return found
+TABLE = Table(
+    DOCS / "transforms.md",
+    "test_transforms.py",
+    COLUMNS,
+    ROWS,
+    REFUSED,
+    WITHOUT_ANSWER,
+    HEAD,
+    TAIL,
+)
 
 
 @pytest.mark.parametrize("name", COLUMNS)
 @pytest.mark.parametrize("label", ROWS)
 def test_cell(label, name):
-    assert committed().get((label, name), "not on the page") == cell(label, name), REWRITE
-
-
-def test_refusals_are_of_the_table():
-    assert {*REFUSED, *WITHOUT_ANSWER} <= {(label, name) for label in ROWS for name in COLUMNS}
+    TABLE.check_cell(label, name)
 
 
 def test_page_is_written_from_the_table():
-    # The rest of the page; each of its cells is compared with a run by `test_cell`.
-    written = page(lambda label, name: committed().get((label, name), "missing"))
-    assert PAGE.read_text(encoding="utf-8") == written, REWRITE
+    TABLE.check_page()
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["--write"]:
-        sys.exit("usage: python tests/test_transforms.py --write")
-    import conftest  # noqa: F401  float64 and eight devices
-
-    PAGE.write_text(page(cell), encoding="utf-8")
+    TABLE.main()
