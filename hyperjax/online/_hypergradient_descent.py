@@ -1,0 +1,85 @@
+"""Hypergradient descent on the learning rate, as an optax transformation."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import _checks, _tree
+from .._types import Params, Scalar, State
+
+
+class HypergradientDescentState(NamedTuple):
+    learning_rate: Scalar  # in force in the last update
+    last: Params  # the direction u of the last update; zero at first
+    direction: State
+
+
+def hypergradient_descent(
+    direction: optax.GradientTransformation,
+    learning_rate: float | Scalar,
+    hyper_learning_rate: float | Scalar,
+    *,
+    rule: Literal["additive", "multiplicative"] = "additive",
+) -> optax.GradientTransformation:
+    """Descent along `direction` with one learning rate that moves by its own gradient.
+
+    Baydin et al. 2018 (arXiv 1703.04782). With g the gradient, u the output of `direction`:
+
+        additive:        alpha <- max(alpha + beta <g, u_last>, 0)
+        multiplicative:  alpha <- max(alpha (1 + beta cos(g, u_last)), 0)
+
+    and then the update -alpha u, at the new rate. The inner product is that of the whole tree,
+    and -<g, u_last> is the derivative of the present loss in the rate of the last step.
+
+    Args:
+      direction: `optax.identity()` is SGD, `optax.trace(0.9, nesterov=True)` SGD with Nesterov
+        momentum, `optax.scale_by_adam()` Adam: a transformation that does not change the sign.
+      learning_rate: alpha at first, >= 0. May be traced, as may beta.
+      hyper_learning_rate: beta >= 0. Additive: in units of alpha per squared gradient, so that a
+        good value depends on the problem; 1e-3 for SGD and 1e-7 for Adam in the paper. The
+        multiplicative one is a plain number, below 1.
+
+    The floor at 0 is ours: the additive rule can otherwise go below and then ascends. A rate of 0
+    can recover in the additive rule, not in the multiplicative one. Where g or u_last is zero, the
+    cosine is 0. Weight decay belongs in front, so that it is part of g:
+    `optax.chain(optax.add_decayed_weights(1e-4), hypergradient_descent(...))`.
+
+    The rate that was in force stands in the state, `HypergradientDescentState.learning_rate`.
+
+    Raises ValueError for arguments out of range.
+    """
+    where = "hypergradient_descent"
+    _checks.has_functions(where, "direction", direction, ("init", "update"))
+    _checks.number(where, "learning_rate", learning_rate)
+    _checks.number(where, "hyper_learning_rate", hyper_learning_rate)
+    _checks.one_of(where, "rule", rule, ("additive", "multiplicative"))
+
+    def init(params: Params) -> HypergradientDescentState:
+        # A rate in higher precision is kept so; a Python number takes the precision of params.
+        dtype = jnp.result_type(learning_rate, 0.0, *jax.tree.leaves(params))
+        rate = jnp.asarray(learning_rate, dtype)
+        state = HypergradientDescentState(rate, _tree.zeros_like(params), direction.init(params))
+        return _tree.strong(state)
+
+    def update(
+        updates: Params, state: HypergradientDescentState, params: Params | None = None
+    ) -> tuple[Params, HypergradientDescentState]:
+        rate = state.learning_rate
+        agreement = optax.tree.vdot(updates, state.last)
+        if rule == "additive":
+            rate = rate + hyper_learning_rate * agreement
+        else:
+            rate = rate * (1 + hyper_learning_rate * _cosine(agreement, updates, state.last))
+        rate = jnp.maximum(rate, 0).astype(state.learning_rate.dtype)
+        u, inner = direction.update(updates, state.direction, params)
+        return _tree.scale(-rate, u), HypergradientDescentState(rate, u, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _cosine(product: Scalar, a: Params, b: Params) -> Scalar:
+    squares = optax.tree.norm(a, squared=True) * optax.tree.norm(b, squared=True)
+    # Chosen before the root, whose derivative at 0 would be infinite.
+    return jnp.where(squares > 0, product / jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
