@@ -109,7 +109,7 @@ def amortize(
         factor = lax.cond(
             due,
             lambda: preconditioner.build(lambda v: pullback(v)[0], end[0]),
-            lambda: carry.factor,
+            lambda: _tree.vary_like(carry.factor, hparams),
         )
         # Trained once: what is left to do starts from the params that came out.
         solved = dataclasses.replace(

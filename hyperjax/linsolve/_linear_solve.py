@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .. import _tree
 from .._types import LinearSolve, MatVec, Params, PyTree, SolveInfo
 
 
@@ -33,7 +34,7 @@ def linear_solve(
         return x, lax.stop_gradient(info)
 
     # Where the search begins does not move where it ends.
-    x0 = lax.stop_gradient(x0)
+    x0 = lax.stop_gradient(_tree.vary_like(x0, b))
     axes = _replicated_axes(b)
     if not axes:
         first = lambda matvec, b: run(matvec, b, x0)
@@ -45,11 +46,13 @@ def linear_solve(
     # brings the type back.
     vary = lambda tree: jax.tree.map(lambda v: lax.pcast(v, axes, to="varying"), tree)
     join = lambda tree: jax.tree.map(lambda v: lax.pmean(v, axes), tree)
-    # The jit keeps the product in one piece with types of its own: when it is lowered, everything
-    # that it closes over is said to vary.
+    # A jit keeps its content in one piece with types of its own: when it is lowered, everything
+    # that it closes over is said to vary. `solve` may close over a preconditioner.
     product = jax.jit(lambda v: vary(matvec(join(v))))
-    first = lambda matvec, b: run(matvec, b, None if x0 is None else vary(x0))
-    x, info = lax.custom_linear_solve(product, vary(b), first, transpose_solve=run, has_aux=True)
+    start = None if x0 is None else vary(x0)
+    first = lambda matvec, b: jax.jit(lambda b: run(matvec, b, start))(b)
+    again = lambda matvec, b: jax.jit(lambda b: run(matvec, b))(b)
+    x, info = lax.custom_linear_solve(product, vary(b), first, transpose_solve=again, has_aux=True)
     agree = jax.tree.map(lambda v: lax.pmax(lax.stop_gradient(v), axes), info)
     return join(x), agree
 

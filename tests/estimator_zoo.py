@@ -1,0 +1,86 @@
+"""Every estimator on the ridge of `problems`, for tests that hold for all of them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import problems
+
+import hyperjax as hj
+
+KEY = jax.random.key(11)
+NORMAL = hj.evolution.Distribution(
+    sample=lambda key, h: h + 0.1 * jax.random.normal(key, h.shape),
+    log_prob=lambda h, x: -0.5 * jnp.sum(((x - h) / 0.1) ** 2),
+)
+
+
+class Kind(NamedTuple):
+    make: Callable[[problems.Problem], hj.Estimator]
+    exact: bool  # the gradient is that of the closed form, from a fresh carry
+
+
+def _implicit(p, **solve):
+    optimality = hj.stationary(p.loss)
+    solver = hj.linsolve.cg(maxiter=20, tol=1e-14)
+    return hj.implicit(hj.unroll(p.inner.step), optimality, solve=solver)
+
+
+def _amortize(p):
+    return hj.amortize(
+        _implicit(p),
+        p.score,
+        p.inner.init,
+        preconditioner=hj.linsolve.jacobi(KEY, 4),
+        solve=lambda q: hj.linsolve.cg(maxiter=20, tol=1e-14, preconditioner=q),
+        refresh=2,
+    )
+
+
+def _sampled(make, **options):
+    return lambda p: make(hj.unroll(p.inner.step), p.score, p.inner.init, key=KEY, **options)
+
+
+KINDS = {
+    "reverse": Kind(
+        lambda p: hj.hypergradient(hj.unroll(p.inner.step), p.score, p.inner.init), True
+    ),
+    "forward": Kind(
+        lambda p: hj.hypergradient(hj.unroll(p.inner.step), p.score, p.inner.init, mode="forward"),
+        True,
+    ),
+    "implicit": Kind(lambda p: hj.hypergradient(_implicit(p), p.score, p.inner.init), True),
+    "warm_start": Kind(lambda p: hj.warm_start(_implicit(p), p.score, p.inner.init), True),
+    "amortize": Kind(_amortize, True),
+    "rtho": Kind(lambda p: hj.online.rtho(p.inner.step, p.score, p.inner.init), True),
+    "marthe": Kind(lambda p: hj.online.marthe(p.inner.step, p.score, p.inner.init), False),
+    "antithetic": Kind(_sampled(hj.evolution.antithetic, pairs=3, sigma=0.1), False),
+    "persistent": Kind(_sampled(hj.evolution.persistent, pairs=3, sigma=0.1, horizon=2), False),
+    "noise_reuse": Kind(_sampled(hj.evolution.noise_reuse, pairs=3, sigma=0.1, horizon=2), False),
+    "spsa": Kind(_sampled(hj.evolution.spsa, pairs=3, radius=0.1), False),
+    "score_function": Kind(
+        lambda p: hj.evolution.score_function(
+            hj.unroll(p.inner.step), p.score, p.inner.init, NORMAL, key=KEY, samples=3
+        ),
+        False,
+    ),
+}
+
+
+class Case(NamedTuple):
+    problem: problems.Problem
+    estimate: Callable[..., Any]  # (hparams, carry, split) -> (Estimate, carry)
+    estimator: hj.Estimator
+    carry: Any  # fresh
+    exact: bool
+
+
+@functools.cache
+def case(name: str, axis: str | None = None) -> Case:
+    p = problems.ridge(axis)
+    kind = KINDS[name]
+    estimator = kind.make(p)
+    carry = estimator.init(p.params, p.hparams)
+    return Case(p, estimator.estimate, estimator, carry, kind.exact)
