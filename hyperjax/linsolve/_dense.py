@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from .. import _checks
+from .. import _checks, _tree
 from .._types import LinearSolve, MatVec, Params, SolveInfo
 from ._common import damped, flat, products, scaled
 
@@ -44,7 +44,8 @@ def dense(
         size, unit = scaled(b)
         rhs, unravel = ravel_pytree(unit)
         product = flat(damped(matvec, damping), unit)
-        a = products(product, jnp.eye(rhs.size, dtype=rhs.dtype), chunk).T
+        eye = _tree.vary_like(jnp.eye(rhs.size, dtype=rhs.dtype), rhs)
+        a = products(product, eye, chunk).T
         if factor == "cholesky":
             x = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(a), True), rhs)
         else:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from .. import _checks
+from .. import _checks, _tree
 from .._types import Key, MatVec, Params, Preconditioner, State
 from ._common import flat, products
 
@@ -36,6 +36,7 @@ def jacobi(key: Key, probes: int = 4) -> Preconditioner:
     def build(matvec: MatVec, like: Params) -> State:
         vector, unravel = ravel_pytree(like)
         signs = jax.random.rademacher(key, (probes, vector.size), vector.dtype)
+        signs = _tree.vary_like(signs, vector)
         samples = signs * products(flat(matvec, like), signs, probes)
         mean = jnp.mean(samples, axis=0)
         error = jnp.std(samples, axis=0, ddof=1) / probes**0.5

@@ -104,9 +104,11 @@ def _step(matvec: MatVec, s: _MinRes) -> _MinRes:
     delta = s.c * s.delta + s.s * alpha
     left = s.s * s.delta - s.c * alpha
     gamma = jnp.hypot(left, beta)
-    # Below rounding the new direction is none: A is singular on what there is. A NaN as well.
-    tiny = 4 * jnp.finfo(gamma.dtype).eps * high
-    usable = gamma > tiny
+    # |A r| / |r| of the residual r so far. Where it is zero, or gamma is, x is a least-squares
+    # solution of a singular system, and a further step leads to nowhere. A NaN stops as well.
+    reach, eps = jnp.hypot(left, s.c * beta), jnp.finfo(gamma.dtype).eps
+    tiny = 4 * eps * high
+    usable = (gamma > tiny) & (reach > eps**0.75 * high)
     divisor = jnp.where(usable, gamma, 1)
     c, sine = left / divisor, beta / divisor
     numerator = _tree.axpy(-s.epsilon, s.d_before, _tree.axpy(-delta, s.d, s.v))

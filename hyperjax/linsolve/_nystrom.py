@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from .. import _checks
+from .. import _checks, _tree
 from .._types import Key, LinearSolve, MatVec, Params, Preconditioner, State
 from ._common import flat, products
 from ._one_shot import one_shot
@@ -78,7 +78,7 @@ def nystrom_preconditioner(
                 f"{where}: `rank` must be at most the number of parameters, {vector.size}; "
                 f"got {rank}. `dense` solves a system this small directly."
             )
-        test = _sketch(key, rank, vector, sketch)
+        test = _tree.vary_like(_sketch(key, rank, vector, sketch), vector)
         vectors, values = _factor(test, products(flat(matvec, like), test.T, rank).T)
         # Eigenvalues that rounding has eaten do not count as the smallest.
         least = jnp.min(jnp.where(values > 0, values, jnp.inf))
@@ -90,10 +90,14 @@ def nystrom_preconditioner(
 
     def apply(state: _LowRank, v: Params) -> Params:
         flat_v, unravel = ravel_pytree(v)
-        along = state.vectors.T @ flat_v
-        gain = jnp.where(state.values > 0, 1 / jnp.where(state.values > 0, state.values, 1), 0)
-        gain = gain - 1 / state.tail
-        return unravel(flat_v / state.tail + state.vectors @ (gain * along))
+        project = lambda u: state.vectors @ (state.vectors.T @ u)
+        # Twice: what one projection leaves of the span by rounding would be divided by the tail.
+        rest = flat_v - project(flat_v)
+        rest = rest - project(rest)
+        kept = state.values > 0
+        gain = jnp.where(kept, 1 / jnp.where(kept, state.values, 1), 0)
+        along = state.vectors @ (gain * (state.vectors.T @ flat_v))
+        return unravel(along + rest / state.tail)
 
     return Preconditioner(build, apply, rank)
 
@@ -121,7 +125,7 @@ def _factor(test: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
     noise = jnp.sqrt(1.0 * len(test)) * jnp.finfo(theta.dtype).eps * jnp.linalg.norm(image)
     kept = theta > noise
     root = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, theta, 1)), 0)
-    vectors, sigma, _ = jnp.linalg.svd(image @ (w * root), full_matrices=False)
+    vectors, sigma, _ = jnp.linalg.svd(image @ (w * root[None]), full_matrices=False)
     values = sigma**2
     kept = values > noise
-    return jnp.where(kept, vectors, 0), jnp.where(kept, values, 0)
+    return jnp.where(kept[None], vectors, 0), jnp.where(kept, values, 0)
