@@ -20,6 +20,7 @@ import hyperjax as hj
 SIGMAS = 4.5
 
 KEY = jax.random.key(0)
+PERSISTENT = {"persistent": hj.evolution.persistent, "noise_reuse": hj.evolution.noise_reuse}
 NOTHING = hj.Split(jnp.zeros(1), None)
 
 
@@ -30,14 +31,18 @@ def direct(value: Callable, make: Callable = hj.evolution.antithetic, **options)
     return make(respond, score, lambda params, h: params, **({"key": KEY, "pairs": 4} | options))
 
 
-def once(estimator: hj.Estimator, h, split=NOTHING):
-    return estimator.estimate(h, estimator.init(jnp.zeros(()), h), split)[0]
+def first(estimator: hj.Estimator, h):
+    return estimator.estimate(h, estimator.init(jnp.zeros(()), h), NOTHING)[0]
+
+
+def once(estimator: hj.Estimator, h):
+    return jit(lambda h: first(estimator, h))(h)
 
 
 def many(make: Callable, h, count: int, seed: int = 1):
     """One estimate for each of `count` keys, of the estimators that `make` makes of them."""
     keys = jax.random.split(jax.random.key(seed), count)
-    return jit(jax.vmap(lambda key: once(make(key), h)))(keys)
+    return jit(jax.vmap(lambda key: first(make(key), h)))(keys)
 
 
 def curved(h) -> jax.Array:
@@ -51,7 +56,7 @@ SCALE = {"a": np.asarray([0.1, 0.2]), "b": 0.4}
 # ---------------------------------------------------------------------- the formulas
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 3])
+@pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("name", ["antithetic", "spsa", "spsa, one side"])
 def test_estimate_is_its_formula_at_the_points_it_looked_at(name, chunk):
     seen = []
@@ -155,7 +160,7 @@ def test_bias_falls_with_the_square_of_sigma():
     # sigma with the same noise are 4 h s^2 times the mean of z^4, which is 3 with a standard error
     # of sqrt(96 / pairs).
     h, pairs = jnp.asarray(0.8), 20_000
-    estimate = lambda sigma: float(once(direct(lambda h: h**4, sigma=sigma, pairs=pairs), h).grad)
+    estimate = jit(lambda sigma: first(direct(lambda h: h**4, sigma=sigma, pairs=pairs), h).grad)
     sigmas = np.asarray([0.1, 0.2, 0.4])
     bias = np.asarray([estimate(s) for s in sigmas]) - estimate(1e-4)
     slope = np.polyfit(np.log(sigmas), np.log(bias), 1)[0]
@@ -244,38 +249,37 @@ def test_influence_balancing():
     assert error(truncated.grad[0], (s - 1) * pushed[0]) < 1e-13
     assert np.asarray(truncated.grad).sum() < 0
 
-    # Of z'M z, z normal, the variance is 2 tr(S^2), S the symmetric part. For PES, M[i, j] is the
-    # sum over t >= i, j of (s_t - 1) pushed[t - i]; for NRES all z are one.
+    # For normal z, z'M z has the variance 2 tr(S^2), S the symmetric part. Of PES summed over the
+    # episode, M[i, j] is the sum over t >= i, j of (s_t - 1) pushed[t - i]; for NRES all z are one.
+    # At one t it is (effect[t]'z) (sum of the z so far), or (truth[t] z) z.
     lag = np.subtract.outer(np.arange(TIME), np.arange(TIME))
     effect = np.where(lag >= 0, pushed[np.maximum(lag, 0)], 0) * (s - 1)[:, None]  # [t, i]
     m = effect.T @ (lag >= 0)
     assert error(np.trace(m), truth.sum()) < 1e-13  # the mean of z'M z
-    variance = {
-        "persistent": np.sum((m + m.T) ** 2) / 2,
-        "noise_reuse": 2 * truth.sum() ** 2,
-    }
+    grown = np.sum(effect**2, axis=1) * (1 + np.arange(TIME)) + truth**2
+    summed = {"persistent": np.sum((m + m.T) ** 2) / 2, "noise_reuse": 2 * truth.sum() ** 2}
+    each = {"persistent": grown, "noise_reuse": 2 * truth**2}
     count, pairs = 400, 5
-    for name, expected in variance.items():
-        make = getattr(hj.evolution, name)
+    for name in PERSISTENT:
         options = {"pairs": pairs, "sigma": 0.1, "horizon": TIME}
-        result = episodes(lambda key, m=make, o=options: balance(m, key=key, **o), count)
+        estimator = functools.partial(balance, PERSISTENT[name], **options)
+        result = episodes(lambda key, e=estimator: e(key=key), count)
         assert error(result.value[0], (s - 1) ** 2 / 2) < 1e-12  # the run without perturbation
         total = np.asarray(result.grad).sum(axis=1)
-        spread = total.std(ddof=1)
-        assert abs(total.mean() - truth.sum()) < SIGMAS * spread / np.sqrt(count)
-        assert total.mean() > SIGMAS * spread / np.sqrt(count)  # the sign is known
-        # A mean of five terms like z^2 has kurtosis 3 + 12 / 5 at most: 400 of them know their
-        # variance to 11 %.
-        assert abs(spread**2 / (expected / pairs) - 1) < 0.5
-        # The same step by step, and the standard error is right at any age of the episode.
-        steps = np.asarray(result.grad)
-        for t in (0, 10, 100, 499):
-            wide = steps[:, t].std(ddof=1)
-            assert abs(steps[:, t].mean() - truth[t]) < SIGMAS * wide / np.sqrt(count)
-            predicted = np.mean(np.square(result.info.standard_error[:, t]))
-            assert abs(predicted / wide**2 - 1) < 0.7
-    # At the end of a long episode NRES knows its gradient far better.
-    assert variance["noise_reuse"] < variance["persistent"] / 10
+        wide = SIGMAS * total.std(ddof=1) / np.sqrt(count)
+        assert abs(total.mean() - truth.sum()) < wide < truth.sum() / 2  # so the sign is known
+        # A mean of five terms like z^2 has kurtosis 3 + 12 / 5: 400 of them know their variance to
+        # 10 %.
+        np.testing.assert_allclose(total.var(ddof=1), summed[name] / pairs, rtol=0.45)
+        at = np.asarray([0, 10, 100, 499])
+        steps, told = np.asarray(result.grad)[:, at], result.info.standard_error[:, at]
+        variance = each[name][at] / pairs
+        assert np.all(np.abs(steps.mean(0) - truth[at]) < SIGMAS * np.sqrt(variance / count))
+        np.testing.assert_allclose(steps.var(0, ddof=1), variance, rtol=0.45)
+        np.testing.assert_allclose(np.mean(told**2, axis=0), variance, rtol=0.45)
+    # Late in an episode one estimate of NRES knows more; over all of it, here, those of PES do.
+    assert each["noise_reuse"][-1] < each["persistent"][-1] / 3
+    assert summed["noise_reuse"] > summed["persistent"]
 
 
 def test_truncated_es_has_the_sign_of_truncated_gradients():
@@ -291,12 +295,11 @@ def test_truncated_es_has_the_sign_of_truncated_gradients():
 # ------------------------------------------------------------------------- episodes
 
 
-PERSISTENT = {"persistent": hj.evolution.persistent, "noise_reuse": hj.evolution.noise_reuse}
-
-
-def scan(estimator: hj.Estimator, params, h, steps: int, split=NOTHING):
-    body = lambda carry, _: estimator.estimate(h, carry, split)[::-1]
-    return jax.lax.scan(body, estimator.init(params, h), None, length=steps)
+def scan(estimator: hj.Estimator, steps: int):
+    """Estimates of `adding` one after the other, from 0 at h = 2."""
+    h = jnp.asarray(2.0)
+    body = lambda carry, _: estimator.estimate(h, carry, NOTHING)[::-1]
+    return jax.lax.scan(body, estimator.init(jnp.asarray(0.0), h), None, length=steps)
 
 
 def adding(make, **options):
@@ -310,7 +313,7 @@ def adding(make, **options):
 @pytest.mark.parametrize("make", PERSISTENT.values(), ids=PERSISTENT)
 def test_episodes_end_at_the_horizon(make):
     e = adding(make, key=KEY, pairs=3, sigma=0.1, horizon=4)
-    state, result = scan(e, jnp.asarray(0.0), jnp.asarray(2.0), 9)
+    state, result = jit(lambda: scan(e, 9))()
     # 10 h + t h at h = 2, from the start again after four steps.
     expected = np.asarray([22, 24, 26, 28] * 2 + [22.0])
     assert error(result.value, expected) < 1e-14
@@ -328,7 +331,7 @@ def test_what_init_makes_of_hparams_counts(make):
 
     def one(key):
         e = adding(make, key=key, pairs=pairs, sigma=0.1, horizon=3)
-        return scan(e, jnp.asarray(0.0), jnp.asarray(2.0), 6)[1].grad
+        return scan(e, 6)[1].grad
 
     grads = np.asarray(jit(jax.vmap(one))(jax.random.split(KEY, count)))
     wide = grads.std(0, ddof=1) / np.sqrt(count)
@@ -339,7 +342,7 @@ def test_what_init_makes_of_hparams_counts(make):
 def test_staggered_pairs_see_all_parts_of_training(make):
     # Values of the particles at a small sigma tell the age: 20 + 2 t.
     e = adding(make, key=KEY, pairs=4, sigma=1e-9, horizon=4, stagger=True)
-    state, result = scan(e, jnp.asarray(0.0), jnp.asarray(2.0), 9)
+    state, result = jit(lambda: scan(e, 9))()
     ages = np.round((np.asarray(state.carries.params) - 20) / 2).astype(int)
     np.testing.assert_array_equal(ages[1:5], [1, 2, 3, 4])
     np.testing.assert_array_equal(ages[5:], [1, 2, 3, 4])
@@ -350,7 +353,7 @@ def test_staggered_pairs_see_all_parts_of_training(make):
 
 def test_persistent_without_a_horizon_goes_on():
     e = adding(hj.evolution.persistent, key=KEY, pairs=1, sigma=0.1, horizon=None)
-    _, result = scan(e, jnp.asarray(0.0), jnp.asarray(2.0), 30)
+    _, result = jit(lambda: scan(e, 30))()
     assert error(result.value, 22 + 2 * np.arange(30.0)) < 1e-13
 
 
@@ -359,8 +362,9 @@ def test_noise_is_kept_or_drawn_anew():
     for name, make in PERSISTENT.items():
         e = adding(make, key=KEY, pairs=2, sigma=0.1, horizon=3)
         state, seen = e.init(jnp.asarray(0.0), jnp.asarray(2.0)), []
+        step = jit(lambda state, e=e: e.estimate(jnp.asarray(2.0), state, NOTHING)[1])
         for _ in range(4):
-            _, state = e.estimate(jnp.asarray(2.0), state, NOTHING)
+            state = step(state)
             seen.append(np.asarray(state.noise))
         noises[name] = seen
     kept, gathered = noises["noise_reuse"], noises["persistent"]
@@ -416,9 +420,9 @@ def test_a_diverged_particle_begins_anew(make):
     options = {"key": KEY, "pairs": 20, "sigma": 0.1, "horizon": 9}
     e = make(hj.unroll(step), score, lambda params, h: Chain(params), **options)
     h = jnp.asarray(2.0)
-    state = e.init(jnp.asarray(0.0), h)
-    _, state = e.estimate(h, state, NOTHING)
-    result, state = e.estimate(h, state, NOTHING)
+    estimate = jit(lambda state: e.estimate(h, state, NOTHING))
+    _, state = estimate(e.init(jnp.asarray(0.0), h))
+    result, state = estimate(state)
     lost = np.asarray(state.carries.params[1:] > 4.05)
     assert result.info.diverged == lost.sum() > 3
     pair = lost[:20] | lost[20:]
@@ -426,7 +430,7 @@ def test_a_diverged_particle_begins_anew(make):
     np.testing.assert_array_equal(state.left[1:] == 0, pair)
     assert state.left[0] == 7
     assert np.isfinite(result.grad)
-    after, state = e.estimate(h, state, NOTHING)
+    after, state = estimate(state)
     np.testing.assert_array_equal(np.asarray(state.carries.params[1:21] < 3), pair)
     assert np.all(np.asarray(state.left)[1:][pair] == 8)
     # All the others, the own run too, are at 6 and above the bound.
@@ -435,45 +439,52 @@ def test_a_diverged_particle_begins_anew(make):
     assert np.isfinite(after.grad) == (pair.sum() > 0)
 
 
-# ------------------------------------------------------- transformations, on a real net
+# ------------------------------------------------------------------- transformations
+#
+# On a small problem, as every program is compiled anew: descent to a target that is pulled to zero.
+
+CHOICES = (0.1, 0.2, 0.3)
+PARAMS = jnp.asarray([1.0, -2.0])
+RATES = {"lr": jnp.asarray(0.2), "l2": jnp.asarray([0.1, 0.3])}
+SPLIT = hj.Split(jnp.asarray([[0.5, 1.0], [0.3, 1.2]]), jnp.asarray([0.4, 1.0]))
 
 
-CHOICES = jnp.asarray([0.1, 0.2, 0.3])
+def descend(state: Chain, h, batch) -> Chain:
+    w = state.params
+    return Chain(w - h["lr"] * (jnp.tanh(w - batch) + h["l2"] * w))
 
 
-def on_net(name: str, p: problems.Problem, **options) -> tuple[hj.Estimator, dict]:
-    """An estimator of the module on the net, and its hparams."""
+def small(name: str, kind=jnp.float64, **options) -> tuple[hj.Estimator, dict]:
+    """An estimator of the module, and its hparams."""
+    train = hj.unroll(descend)
+    score = lambda w, h, batch: jnp.sum((w - batch) ** 2)
+    rates = jax.tree.map(lambda x: x.astype(kind), RATES)
     if name == "score_function":
-        chosen = lambda x: p.hparams | {"lr": CHOICES.astype(p.hparams["l2"].dtype)[x["lr"]]}
-        train = hj.unroll(p.inner.step)
-        e = hj.evolution.score_function(
-            lambda x, carry, batches: train(chosen(x), carry, batches),
-            lambda params, x, batch: p.score(params, chosen(x), batch),
-            lambda params, x: p.inner.init(params, chosen(x)),
-            hj.evolution.categorical(),
-            **({"key": KEY, "samples": 4} | options),
-        )
-        return e, {"lr": jnp.zeros(3, p.hparams["l2"].dtype)}
+        chosen = lambda x: rates | {"lr": jnp.asarray(CHOICES, kind)[x]}
+        respond = lambda x, carry, batches: train(chosen(x), carry, batches)
+        options = {"key": KEY, "samples": 4} | options
+        make, choice = hj.evolution.score_function, hj.evolution.categorical()
+        return make(respond, score, lambda w, x: Chain(w), choice, **options), jnp.zeros(3, kind)
     extra = {
         "antithetic": {"sigma": 0.01},
-        "spsa": {"radius": 0.01, "pairs": 2},
-        "persistent": {"sigma": 0.01, "horizon": 3},
-        "noise_reuse": {"sigma": 0.01, "horizon": 3},
+        "spsa": {"radius": 0.01},
+        "persistent": {"sigma": 0.01, "horizon": 2},
+        "noise_reuse": {"sigma": 0.01, "horizon": 2},
     }[name]
     make = getattr(hj.evolution, name)
     options = {"key": KEY, "pairs": 2} | extra | options
-    return make(hj.unroll(p.inner.step), p.score, p.inner.init, **options), p.hparams
+    return make(train, score, lambda w, h: Chain(w), **options), rates
 
 
 NAMES = ("antithetic", "spsa", "persistent", "noise_reuse", "score_function")
 every = pytest.mark.parametrize("name", NAMES)
+pick = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
 
 
-def members(p: problems.Problem, hparams, count: int):
-    vary = lambda x, s: x + s * jnp.arange(count, dtype=x.dtype).reshape(-1, *(1,) * jnp.ndim(x))
-    return jax.tree.map(lambda x: vary(x, 0.0), p.params), jax.tree.map(
-        lambda x: vary(x, 0.01), hparams
-    )
+def members(hparams, count: int):
+    """The same params, and hparams that differ."""
+    apart = lambda x, s: jnp.stack([x + x.dtype.type(s * i) for i in range(count)])
+    return apart(PARAMS, 0), jax.tree.map(lambda x: apart(x, 0.01), hparams)
 
 
 def close(got, expected, tolerance: float) -> None:
@@ -489,94 +500,87 @@ def close(got, expected, tolerance: float) -> None:
 
 @every
 def test_members_of_a_population_are_single_runs(name):
-    p = problems.net(steps=3)
-    e, hparams = on_net(name, p)
-    tuner = hj.tune(e, optax.adam(0.01))
-    start, splits = members(p, hparams, 8), problems.repeat(p.split, 4)
-    single = jit(lambda params, h: hj.run(tuner, tuner.init(params, h), splits))
-    alone = [single(*jax.tree.map(lambda x, i=i: x[i], start)) for i in (0, 5)]
+    e, hparams = small(name)
+    tuner = hj.tune(e, optax.sgd(0.01, momentum=0.5))
+    start, splits = members(hparams, 16), problems.repeat(SPLIT, 3)
+    single = jit(lambda params, h: hj.run(tuner, tuner.init(params, h), splits)[0])
+    # The step runs in shard_map, where each device has two members, vmapped.
+    many = hj.population(tuner, hj.exchange.isolation(), chunk=2, mesh=problems.mesh("member"))
+    state = jit(lambda start: many.init(jax.random.key(3), *start))(start)
+    state, _ = jit(lambda s: hj.run(many, s, splits))(state)
     # vmapped sums run in another order: 1e-16, by differences over 2 sigma = 0.02.
-    vmapped = jit(jax.vmap(lambda params, h: hj.run(tuner, tuner.init(params, h), splits)))(*start)
-    pick = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
-    close([pick(vmapped, i) for i in (0, 5)], alone, 1e-10)
-    # Under a mesh the step runs in shard_map, where each device has its own member.
-    for mesh in (None, problems.mesh("member")):
-        many = hj.population(tuner, hj.exchange.isolation(), chunk=4, mesh=mesh)
-        state = many.init(jax.random.key(3), *start)
-        state, _ = jit(lambda s, m=many: hj.run(m, s, splits))(state)
-        close([pick(state.members, i) for i in (0, 5)], [a for a, _ in alone], 1e-10)
+    close(
+        [pick(state.members, i) for i in (0, 5)], [single(*pick(start, i)) for i in (0, 5)], 1e-12
+    )
 
 
-@every
+@pytest.mark.parametrize("name", ["persistent", "score_function"])
 def test_inside_shard_map_from_init_on(name):
-    p = problems.net(steps=3)
-    e, hparams = on_net(name, p)
-    start = members(p, hparams, 8)
+    e, hparams = small(name)
+    start = members(hparams, 8)
     tuner = hj.tune(e, optax.sgd(0.01))
 
     def one(params, h):
-        params, h = jax.tree.map(lambda x: x[0], (params, h))
-        state, metrics = hj.run(tuner, tuner.init(params, h), problems.repeat(p.split, 3))
+        state = tuner.init(*pick((params, h), 0))
+        state, metrics = hj.run(tuner, state, problems.repeat(SPLIT, 2))
         return jax.tree.map(lambda x: x[None], (state.hparams, metrics.value, metrics.info))
 
-    along = PartitionSpec("member")
-    mesh = problems.mesh("member")
+    along, mesh = PartitionSpec("member"), problems.mesh("member")
     got = jit(jax.shard_map(one, mesh=mesh, in_specs=along, out_specs=along))(*start)
-    lift = lambda x: x[None]
-    expected = [one(*jax.tree.map(lambda x, i=i: lift(x[i]), start)) for i in (0, 7)]
-    pick = lambda i: jax.tree.map(lambda x: x[i : i + 1], got)
-    close([pick(0), pick(7)], expected, 1e-10)
+    last = jax.tree.map(lambda x: x[7:], start)
+    close(jax.tree.map(lambda x: x[7:], got), jit(one)(*last), 1e-12)
 
 
 @every
 @pytest.mark.parametrize("kind", [jnp.float32, jnp.float64])
 def test_types_stay(name, kind):
     cast = lambda tree: jax.tree.map(lambda x: x.astype(kind), tree)
-    p = problems.net(steps=2)
-    p = p._replace(params=cast(p.params), hparams=cast(p.hparams), split=cast(p.split))
-    e, hparams = on_net(name, p)
-    weak = jax.tree.map(lambda x: 1 * x, hparams)
-    state = e.init(p.params, weak)
-    result, after = e.estimate(hparams, state, p.split)
-    describe = lambda tree: [
-        (x.shape, x.dtype, getattr(x, "weak_type", False)) for x in jax.tree.leaves(tree)
-    ]
+    e, hparams = small(name, kind)
+    weak = jax.tree.map(lambda x: jax.lax.full_like(x, 0.1) * 1.0, hparams)
+    describe = lambda tree: [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
+    state = jax.eval_shape(e.init, cast(PARAMS), weak)
+    result, after = jax.eval_shape(e.estimate, hparams, state, cast(SPLIT))
     assert describe(after) == describe(state)
     assert describe(result.grad) == describe(hparams)
     assert describe(result.info.standard_error) == describe(hparams)
-    assert result.value.dtype == kind
     floats = [x for x in jax.tree.leaves((result, after)) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert {x.dtype for x in floats} == {jnp.dtype(kind)}
 
 
 @every
 def test_members_draw_apart_and_chunks_do_not_matter(name):
-    p = problems.net(steps=2)
-    e, hparams = on_net(name, p)
-    start = members(p, hparams, 2)
-    keys = jax.random.key_data(jax.vmap(e.init)(*start).key)
+    e, hparams = small(name)
+    start = members(hparams, 2)
+    init = jit(e.init)
+    keys = [jax.random.key_data(init(*pick(start, i)).key) for i in (0, 1)]
     assert np.any(keys[0] != keys[1])
-    same = jax.random.key_data(e.init(*jax.tree.map(lambda x: x[0], start)).key)
-    np.testing.assert_array_equal(keys[0], same)
-    shuffled = e.init(jax.tree.map(lambda x: x[::-1], p.params), hparams).key
-    assert np.any(jax.random.key_data(shuffled) != same)
-
-    step = lambda e: jit(lambda s: e.estimate(hparams, s, p.split))(e.init(p.params, hparams))
-    close(step(on_net(name, p, chunk=2)[0]), step(e), 1e-10)
+    shuffled = init(PARAMS[::-1], pick(start, 0)[1]).key
+    assert np.any(jax.random.key_data(shuffled) != keys[0])
+    step = lambda e: jit(lambda s: e.estimate(hparams, s, SPLIT))(init(PARAMS, hparams))
+    close(step(small(name, chunk=2)[0]), step(e), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["antithetic", "spsa", "score_function"])
+@pytest.mark.parametrize("name", ["antithetic", "score_function"])
 def test_the_carry_goes_on_and_restart_does_not(name):
-    p = problems.net(steps=3)
-    e, hparams = on_net(name, p)
-    state = e.init(p.params, hparams)
-    _, after = e.estimate(hparams, state, p.split)
-    if name != "score_function":  # there it is that of the first sample
-        _, trained = hj.unroll(p.inner.step)(hparams, state.carry, p.split.train)
-        close(after.carry, trained, 1e-12)
-    assert error(after.carry.params, p.params) > 1e-3
-    again = hj.restart(e).estimate(hparams, state, p.split)[1]
+    e, hparams = small(name)
+    state = e.init(PARAMS, hparams)
+    after, again = (jit(x.estimate)(hparams, state, SPLIT)[1] for x in (e, hj.restart(e)))
+    if name == "antithetic":  # of score_function it is that of a sample
+        close(after.carry.params, hj.unroll(descend)(hparams, state.carry, SPLIT.train)[0], 1e-14)
+    assert error(after.carry.params, PARAMS) > 1e-2
     close(again, state, 0)
+
+
+def test_on_a_net_it_is_the_hypergradient_up_to_noise_and_bias():
+    p = problems.net(steps=3)
+    options = {"key": KEY, "pairs": 100, "sigma": 1e-3}
+    e = hj.evolution.antithetic(hj.unroll(p.inner.step), p.score, p.inner.init, **options)
+    result, _ = jit(e.estimate)(p.hparams, e.init(p.params, p.hparams), p.split)
+    exact = jit(jax.grad(problems.objective(hj.unroll(p.inner.step), p)))(p.hparams)
+    for got, truth, wide in zip(
+        *map(jax.tree.leaves, (result.grad, exact, result.info.standard_error)), strict=True
+    ):
+        assert abs(got - truth) < SIGMAS * wide
 
 
 # ----------------------------------------------------------------------------- refusals

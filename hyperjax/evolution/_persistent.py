@@ -41,9 +41,10 @@ def persistent(
     xi = sum of sigma z. With S_t the score after t pieces as a function of the hyperparameters
     h_1 ... h_t of each piece, E S_t xi / sigma^2 is the sum over pieces of the derivatives of
     E S_t(h_1 + sigma z_1, ..., h_t + sigma z_t) at equal h: the whole derivative, unbiased, and so
-    is the sum over an episode for the sum of the S_t. The variance grows with the age of the
-    episode; `noise_reuse` is the choice where scores are smooth in hparams. When an optimizer
-    moves hparams within an episode, what came before counts as if it had been at the present ones.
+    is the sum over an episode for the sum of the S_t. The variance of an estimate grows with the
+    age of the episode; that of `noise_reuse` need not, but the sum over an episode may be known
+    better or worse. When an optimizer moves hparams within an episode, what came before counts as
+    if it had been at the present ones.
 
     An episode begins with `init(params, perturbed hparams)`, so that what `init` makes of hparams
     counts too. `value` is the score of an own run with the hyperparameters themselves, of the same
@@ -90,8 +91,10 @@ def noise_reuse(
     `persistent` with one perturbation per pair and episode: grad = mean over pairs of
     (S_t(h + sigma z) - S_t(h - sigma z)) z / (2 sigma), unbiased at every t for the derivative of
     the score smoothed as in `antithetic`, E S_t(h + sigma z). Its sum over an episode is full ES
-    of the summed score, at one piece of training per estimate. The variance does not grow with the
-    age of the episode by itself, as it does in `persistent`.
+    of the summed score, at one piece of training per estimate. Within an episode the estimates
+    see the same few directions, while those of `persistent` average over new ones; for one
+    hyperparameter and a score linear in it, the variance of an estimate is twice its square at any
+    age.
 
     horizon: estimates in an episode, and so in the life of a perturbation. Staggered pairs are
     what the paper recommends; here lockstep is the default, as in `persistent`.
