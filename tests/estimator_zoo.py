@@ -10,11 +10,15 @@ import problems
 
 import hyperjax as hj
 
-KEY = jax.random.key(11)
 NORMAL = hj.evolution.Distribution(
     sample=lambda key, h: h + 0.1 * jax.random.normal(key, h.shape),
     log_prob=lambda h, x: -0.5 * jnp.sum(((x - h) / 0.1) ** 2),
 )
+
+
+def key() -> jax.Array:
+    """Not a constant, since a key made at import would start the backend before its settings."""
+    return jax.random.key(11)
 
 
 class Kind(NamedTuple):
@@ -33,14 +37,14 @@ def _amortize(p):
         _implicit(p),
         p.score,
         p.inner.init,
-        preconditioner=hj.linsolve.jacobi(KEY, 4),
+        preconditioner=hj.linsolve.jacobi(key(), 4),
         solve=lambda q: hj.linsolve.cg(maxiter=20, tol=1e-14, preconditioner=q),
         refresh=2,
     )
 
 
 def _sampled(make, **options):
-    return lambda p: make(hj.unroll(p.inner.step), p.score, p.inner.init, key=KEY, **options)
+    return lambda p: make(hj.unroll(p.inner.step), p.score, p.inner.init, key=key(), **options)
 
 
 KINDS = {
@@ -62,7 +66,7 @@ KINDS = {
     "spsa": Kind(_sampled(hj.evolution.spsa, pairs=3, radius=0.1), False),
     "score_function": Kind(
         lambda p: hj.evolution.score_function(
-            hj.unroll(p.inner.step), p.score, p.inner.init, NORMAL, key=KEY, samples=3
+            hj.unroll(p.inner.step), p.score, p.inner.init, NORMAL, key=key(), samples=3
         ),
         False,
     ),
