@@ -235,8 +235,14 @@ VALUES = {
     "cg tol nan": (lambda: hj.linsolve.cg(tol=NAN), ("cg", "`tol`", ">= 0", "nan")),
     "cg damping": (lambda: hj.linsolve.cg(damping=-0.1), ("cg", "`damping`", ">= 0", "-0.1")),
     "neumann terms": (lambda: hj.linsolve.neumann(0, 0.1), ("neumann", "`terms`", ">= 1", "got 0")),
-    "neumann scale": (lambda: hj.linsolve.neumann(3, 0.0), ("neumann", "`scale`", "positive", "0.0")),
-    "neumann scale nan": (lambda: hj.linsolve.neumann(3, NAN), ("neumann", "`scale`", "positive", "nan")),
+    "neumann scale": (
+        lambda: hj.linsolve.neumann(3, 0.0),
+        ("neumann", "`scale`", "positive", "0.0"),
+    ),
+    "neumann scale nan": (
+        lambda: hj.linsolve.neumann(3, NAN),
+        ("neumann", "`scale`", "positive", "nan"),
+    ),
     "every": (
         lambda: hj.exchange.tournament(explore, every=0),
         ("tournament", "`every`", ">= 1", "got 0"),

@@ -240,11 +240,15 @@ def test_neumann_bias_shrinks_with_its_terms():
     counts = (1, 4, 16)
     optimality, train = hj.stationary(p.loss), hj.unroll(p.inner.step)
     bias = [
-        gradient_error(hj.implicit(train, optimality, solve=hj.linsolve.neumann(k, 0.6)), p) for k in counts
+        gradient_error(hj.implicit(train, optimality, solve=hj.linsolve.neumann(k, 0.6)), p)
+        for k in counts
     ]
     assert all(later < sooner for sooner, later in itertools.pairwise(bias))
     assert all(1e-10 < b < CONTRACTION**k for b, k in zip(bias, counts, strict=True))
-    assert gradient_error(hj.implicit(train, optimality, solve=hj.linsolve.neumann(STEPS, 0.6)), p) < 1e-14
+    assert (
+        gradient_error(hj.implicit(train, optimality, solve=hj.linsolve.neumann(STEPS, 0.6)), p)
+        < 1e-14
+    )
 
 
 def test_truncated_cg_is_biased_until_it_has_all_directions():
@@ -324,7 +328,9 @@ def descend_until_flat(problem):
 
 def test_implicit_never_differentiates_training():
     p = problems.ridge(steps=1)
-    response = hj.implicit(descend_until_flat(p), hj.stationary(p.loss), solve=hj.linsolve.cg(tol=1e-14))
+    response = hj.implicit(
+        descend_until_flat(p), hj.stationary(p.loss), solve=hj.linsolve.cg(tol=1e-14)
+    )
     value = problems.objective(response, p, lambda params, h: params)
     answers = problems.ridge_answers(p.hparams, p.split)
     assert error(jit(jax.grad(value))(p.hparams), answers.gradient) < EXACT

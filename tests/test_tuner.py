@@ -156,7 +156,9 @@ def test_traces_do_not_grow_with_the_run(name):
 def test_tuning_finds_the_leader():
     g = problems.game()
     p = g.problem
-    response = hj.implicit(hj.unroll(p.inner.step), hj.stationary(p.loss), solve=hj.linsolve.cg(tol=1e-14))
+    response = hj.implicit(
+        hj.unroll(p.inner.step), hj.stationary(p.loss), solve=hj.linsolve.cg(tol=1e-14)
+    )
     estimator = hj.hypergradient(response, p.score, p.inner.init)
     tuner = hj.tune(estimator, optax.sgd(float(1 / np.linalg.norm(g.hessian, 2))))
     # Descent at that rate contracts by 1 - 1 / condition.
