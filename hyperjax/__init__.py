@@ -12,6 +12,8 @@ from ._estimators import restart as restart
 from ._estimators import score_only as score_only
 from ._fixed_point import fixed_point as fixed_point
 from ._fixed_point import iterate as iterate
+from ._forward_sharing import SharingInfo as SharingInfo
+from ._forward_sharing import forward_sharing as forward_sharing
 from ._hypernet import GatedLeaf as GatedLeaf
 from ._hypernet import Hypernet as Hypernet
 from ._hypernet import gated as gated
@@ -24,11 +26,18 @@ from ._inner import Inner as Inner
 from ._inner import InnerState as InnerState
 from ._inner import inner as inner
 from ._inner import stationary as stationary
+from ._planned import Option as Option
+from ._planned import Plan as Plan
+from ._planned import planned as planned
 from ._population import PopulationMetrics as PopulationMetrics
 from ._population import PopulationState as PopulationState
 from ._population import population as population
 from ._proximal import proximal as proximal
 from ._proximal import proximal_descent as proximal_descent
+from ._reversible import Reversible as Reversible
+from ._reversible import ReversibleInfo as ReversibleInfo
+from ._reversible import ReversibleState as ReversibleState
+from ._reversible import reversible as reversible
 from ._space import Range as Range
 from ._space import Space as Space
 from ._space import loguniform as loguniform

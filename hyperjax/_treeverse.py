@@ -132,7 +132,7 @@ def _reverse(step, advance, table, stack, rest, cotangent, steps):
         unfinished = lambda c: (c[1][c[2]] < t) & (c[2] + 1 < snapshots)
         stack, marks, top = lax.while_loop(unfinished, lambda c: descend(t, c), (stack, marks, top))
         at = advance(_tree.take(stack, top), marks[top], t, rest)
-        ct_state, ct_h, ct_b, ct_c = _step_vjp(
+        ct_state, ct_h, ct_b, ct_c = step_vjp(
             step, at, hparams, _tree.take(batches, t), consts, ct_state
         )
         ct_rest = jax.tree.map(jnp.add, ct_rest, (ct_h, ct_c))
@@ -141,46 +141,48 @@ def _reverse(step, advance, table, stack, rest, cotangent, steps):
 
     start = (
         (state, marks, jnp.asarray(top)),
-        _inexact(cotangent),
-        _tree.zeros_like((_inexact(hparams), _inexact(consts))),
+        inexact(cotangent),
+        _tree.zeros_like((inexact(hparams), inexact(consts))),
     )
     (_, ct_state, (ct_h, ct_c)), ct_b = lax.scan(body, start, jnp.arange(steps), reverse=True)
     # float0 leaves (integers, keys) have no cotangent; None says so to custom_vjp
     return (
-        _spread(ct_state, cotangent),
-        _spread(ct_h, hparams),
-        _spread(ct_b, batches),
-        _spread(ct_c, consts),
+        spread(ct_state, cotangent),
+        spread(ct_h, hparams),
+        spread(ct_b, batches),
+        spread(ct_c, consts),
     )
 
 
-def _step_vjp(step, state, hparams, batch, consts, ct_state):
-    """Cotangents of the inexact leaves of all four inputs, as lists."""
+def step_vjp(step, state, hparams, batch, consts, cotangents: list):
+    """Cotangents of the inexact leaves of all four inputs, as lists, like those of the output."""
     inputs = (state, hparams, batch, consts)
 
     def on_inexact(*parts):
-        full = [_merge(part, whole) for part, whole in zip(parts, inputs, strict=True)]
-        return _inexact(step(*full[:3], *full[3]))
+        full = [merge(part, whole) for part, whole in zip(parts, inputs, strict=True)]
+        return inexact(step(*full[:3], *full[3]))
 
-    _, pullback = jax.vjp(on_inexact, *map(_inexact, inputs))
-    return pullback(ct_state)
+    _, pullback = jax.vjp(on_inexact, *map(inexact, inputs))
+    return pullback(cotangents)
 
 
 def _is_inexact(x) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
-def _inexact(tree: PyTree) -> list:
+def inexact(tree: PyTree) -> list:
+    """The leaves that have a derivative."""
     return [x for x in jax.tree.leaves(tree) if _is_inexact(x)]
 
 
-def _merge(part: list, whole: PyTree) -> PyTree:
+def merge(part: list, whole: PyTree) -> PyTree:
     """`whole` with its inexact leaves replaced by `part`."""
     values = iter(part)
     return jax.tree.map(lambda x: next(values) if _is_inexact(x) else x, whole)
 
 
-def _spread(part: list, like: PyTree) -> PyTree:
+def spread(part: list, like: PyTree) -> PyTree:
+    """`part` in the structure of `like`, with None where a leaf has no derivative."""
     values = iter(part)
     leaves, tree = jax.tree.flatten(like)
     return tree.unflatten([next(values) if _is_inexact(x) else None for x in leaves])
