@@ -135,6 +135,25 @@ def _check(args: argparse.Namespace, out: Output) -> int:
     return check(load_task(settings), out, steps=args.steps)
 
 
+def _estimators(args: argparse.Namespace, out: Output) -> int:
+    from ._contest_show import estimators
+    from ._study import load_task
+
+    task = load_task(Settings(task=args.task, data_dir=args.data_dir or ""))
+    return estimators(
+        task,
+        out,
+        steps=args.steps,
+        draws=args.draws,
+        warmup=args.warmup,
+        seed=args.seed,
+        tolerance=args.tolerance,
+        budget=args.budget,
+        precision="float64" if args.float64 else "task",
+        folder=args.out,
+    )
+
+
 def _export(args: argparse.Namespace, out: Output) -> int:
     from ._export import export
 
@@ -197,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("task", metavar="TASK|module:task")
     sub.add_argument("--steps", type=int, default=20, help="training steps to unroll (default 20)")
     sub.add_argument("--data-dir", metavar="DIR")
+    _add_estimators(verb("estimators", _estimators, "every estimator on a task, and which to take"))
     sub = verb("export", _export, "a run for other tools")
     sub.add_argument("folder", type=Path, metavar="RUN")
     sub.add_argument("--to", required=True, choices=("csv", "optuna"))
@@ -206,6 +226,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data-dir", metavar="DIR")
     verb("doctor", _doctor, "versions, devices, and a self-test")
     return parser
+
+
+def _add_estimators(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("task", metavar="TASK|module:task")
+    sub.add_argument("--steps", type=int, default=60, help="training steps (default 60)")
+    sub.add_argument("--draws", type=int, default=8, help="of parameters and data (default 8)")
+    sub.add_argument("--warmup", type=int, default=0, help="steps before those (default 0)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--tolerance", type=float, default=0.1, help="relative error allowed (default 0.1)"
+    )
+    sub.add_argument("--budget", metavar="BYTES", help="of temporary memory, as in 512MiB")
+    sub.add_argument("--float64", action="store_true", help="compute in float64")
+    sub.add_argument("--data-dir", metavar="DIR")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where JSON and picture go")
 
 
 def _add_tune(sub: argparse.ArgumentParser) -> None:

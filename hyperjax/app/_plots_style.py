@@ -70,13 +70,18 @@ def style() -> Iterator[None]:
 
 def new_figure(record: Record, title: str) -> "Figure":
     """An empty figure under a title that says which run it shows."""
+    return blank_figure(title, describe(record))
+
+
+def blank_figure(title: str, aside: str, height: float = SIZE[1]) -> "Figure":
+    """An empty figure under a title, with a remark in its corner; height in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=SIZE, dpi=100, layout="constrained")
+    figure = Figure(figsize=(SIZE[0], height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(literal(title), x=0.01, ha="left", fontsize=16, fontweight="bold")
-    figure.supxlabel(literal(describe(record)), x=0.99, ha="right", **ASIDE)
+    figure.supxlabel(literal(aside), x=0.99, ha="right", **ASIDE)
     return figure
 
 
