@@ -47,11 +47,14 @@ _ADVICE = {
     "has at 0; add 1e-12 under the root, or choose its argument by `where` before taking it",
     "update": "the optimizer divides by something that is 0 or overflows; give it an `eps`",
     "adam": "Adam divides by the root of its second moment, which has no derivative where a "
-    "gradient entry has always been exactly 0; pass eps_root=1e-8 to optax.adam",
+    "gradient entry has always been exactly 0; use hyperjax.guarded.adam (or adamw), or pass "
+    "eps_root=1e-8 to optax.adam",
     "root": "the optimizer takes a root of squared gradients, which has no derivative where an "
-    "entry is exactly 0; use one with an eps under the root, as optax.adam(eps_root=1e-8)",
+    "entry is exactly 0; use one with an eps under the root, as hyperjax.guarded.adam, or wrap "
+    "yours in hyperjax.guarded.nudge",
     "norm": "the optimizer takes the norm of a gradient that is 0, as clip_by_global_norm and muon "
-    "do, which has no derivative there; divide by sqrt(sum(g * g) + 1e-12) instead",
+    "do, which has no derivative there; use hyperjax.guarded.clip_by_global_norm, or wrap yours in "
+    "hyperjax.guarded.nudge",
     "loss-kink": "the gradient of `loss` is finite and its derivative is not, as of a root, a norm "
     "or a power below 2 at 0; add 1e-12 under the root",
     "score": "the derivative of `score` is not finite; look for a root, a norm or a logarithm "
