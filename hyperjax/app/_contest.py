@@ -101,8 +101,8 @@ def compare_estimators(
     double = contextlib.nullcontext() if precision == "task" else jax.enable_x64(True)
     with double:
         task = _task(task, data_dir)
-        stage = make_stage(task, steps, warmup, seed, precision == "float64")
-        entries = [enter(stage, c, budget, tell) for c in contestants]
+        stage = make_stage(task, steps, warmup, seed, precision == "float64", budget)
+        entries = [enter(stage, c, tell) for c in contestants]
         exact = pick_reference(entries)
         tell(f"measuring on {draws} draws")
         measure(stage, entries, draws)
@@ -179,14 +179,17 @@ def _row(entry: Entry, reference: np.ndarray, kept: np.ndarray, leaves: dict[str
         row = row._replace(cost=Cost(seconds, entry.compile_seconds, entry.bytes))
     if entry.refused:
         return row
-    names = entry.infos[0]
-    info = {name: float(np.mean([each[name] for each in entry.infos])) for name in names}
+    info = {name: _mean([each[name] for each in entry.infos]) for name in entry.infos[0]}
     if not kept.any():
         return row._replace(refused="the reference is not finite on any draw", info=info)
     eps = float(np.finfo(entry.grads[0].dtype).eps)
     estimates = np.stack(entry.grads).astype(np.float64)
     found = accuracy(estimates[kept], reference[kept], leaves, eps)
     return row._replace(accuracy=found, info=info)
+
+
+def _mean(values: list) -> float | str:
+    return values[0] if isinstance(values[0], str) else float(np.mean(values))
 
 
 def _leaves(raw: HParams) -> dict[str, slice]:

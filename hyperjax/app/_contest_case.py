@@ -8,13 +8,25 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from .. import evolution, online
+from .. import evolution, linsolve, online
 from .._implicit import AdjointInfo, ImplicitResponse, implicit
 from .._inner import InnerState, stationary
+from .._planned import Plan
 from .._tree import norm
-from .._types import Batch, Estimate, Estimator, HParams, Key, LinearSolve, Loss, PyTree, Split
+from .._types import (
+    Batch,
+    Estimate,
+    Estimator,
+    HParams,
+    Key,
+    LinearSolve,
+    Loss,
+    PyTree,
+    Split,
+)
 from .._unroll import unroll
 from ._check_problem import Problem
+from ._grid import quantity
 
 ROUNDS = 3  # estimates after which one that remembers is looked at
 
@@ -26,6 +38,7 @@ class Facts(NamedTuple):
     hparams: int  # scalar ones
     params: int
     own_units: bool  # raw values are the hyperparameters themselves
+    budget: int | None  # bytes
 
 
 class Case(NamedTuple):
@@ -37,6 +50,7 @@ class Case(NamedTuple):
     split: Split
     whole: Batch
     key: Key  # for randomness of the estimator's own
+    budget: int | None
 
     @property
     def step(self) -> Callable:
@@ -50,7 +64,7 @@ class Case(NamedTuple):
         del params, hparams
         return self.start
 
-    def implicit(self, solve: LinearSolve) -> ImplicitResponse:
+    def implicit(self, solve: LinearSolve | linsolve.AdaptiveSolve) -> ImplicitResponse:
         """Stationary for the loss over the whole training set, wherever the steps end."""
         zero = stationary(lambda p, h, batch: self.problem.loss(p, h, self.whole))
         return implicit(unroll(self.step), zero, solve=solve)
@@ -72,8 +86,8 @@ class Contestant(NamedTuple):
     note: str = ""
 
 
-def report(info: PyTree) -> dict[str, jax.Array]:
-    """The scalars of an `Estimate.info` that are worth a look, by name."""
+def report(info: PyTree) -> dict[str, jax.Array | Plan]:
+    """What of an `Estimate.info` is worth a look: scalars by name, or a plan."""
     if isinstance(info, AdjointInfo):
         return {
             "products": info.solve.iterations,
@@ -86,7 +100,14 @@ def report(info: PyTree) -> dict[str, jax.Array]:
         return {"standard_error": norm(info.standard_error), "diverged": info.diverged}
     if isinstance(info, online.MartheInfo):
         return {"decay": jnp.mean(ravel_pytree(info.decay)[0])}
-    return {}
+    return {"chosen": info} if isinstance(info, Plan) else {}
+
+
+def describe(plan: Plan) -> str:
+    """`reverse mode, checkpoint=8, 1.2 MiB expected`."""
+    chosen = plan.chosen
+    kept = "" if chosen.checkpoint is None else f", checkpoint={chosen.checkpoint!r}"
+    return f"{chosen.mode} mode{kept}, {quantity(chosen.bytes)} expected"
 
 
 # ---- ways to make an estimate ------------------------------------------------------------------

@@ -11,11 +11,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from .._inner import InnerState
+from .._planned import Plan
 from .._tree import size
 from .._types import Batch, Batches, HParams, Key, Split
 from ..tasks import Task
 from ._check_problem import Problem, cast, first_line, make_problem
-from ._contest_case import Case, Contestant, Facts, report
+from ._contest_case import Case, Contestant, Facts, describe, report
 from ._errors import AppError
 from ._grid import quantity
 
@@ -43,7 +44,7 @@ class Entry:
     bytes: int | None = None
     seconds: list[float] = field(default_factory=list)
     grads: list[np.ndarray] = field(default_factory=list)
-    infos: list[dict[str, float]] = field(default_factory=list)
+    infos: list[dict[str, float | str]] = field(default_factory=list)
 
 
 class Stage(NamedTuple):
@@ -59,13 +60,16 @@ class Stage(NamedTuple):
 
     def case(self, raw: HParams, sample: Sample, valid: Batch) -> Case:
         split = Split(sample.train, valid)
-        return Case(self.problem, sample.start, raw, split, sample.whole, sample.key)
+        budget = self.facts.budget
+        return Case(self.problem, sample.start, raw, split, sample.whole, sample.key, budget)
 
     def arguments(self, sample: Sample) -> tuple[HParams, Sample, Batch]:
         return self.raw, sample, self.valid
 
 
-def make_stage(task: Task, steps: int, warmup: int, seed: int, double: bool) -> Stage:
+def make_stage(
+    task: Task, steps: int, warmup: int, seed: int, double: bool, budget: int | None
+) -> Stage:
     convert = (lambda tree: cast(tree, jnp.float64)) if double else (lambda tree: tree)
     problem, raw = make_problem(task), convert(task.space.init())
     step = problem.training.step
@@ -84,14 +88,12 @@ def make_stage(task: Task, steps: int, warmup: int, seed: int, double: bool) -> 
     shapes = jax.eval_shape(compiled, jax.random.key(seed))
     plain, values = ravel_pytree(raw)[0], ravel_pytree(task.space.constrain(raw))[0]
     facts = Facts(
-        steps, plain.size, size(shapes.start.params), bool(jnp.array_equal(plain, values))
+        steps, plain.size, size(shapes.start.params), bool(jnp.array_equal(plain, values)), budget
     )
     return Stage(task, problem, raw, convert(task.valid), sample, shapes, facts)
 
 
-def enter(
-    stage: Stage, contestant: Contestant, budget: int | None, tell: Callable[[str], object]
-) -> Entry:
+def enter(stage: Stage, contestant: Contestant, tell: Callable[[str], object]) -> Entry:
     """Compile it, unless it does not apply."""
     refused = contestant.refuse(stage.facts)
     if refused:
@@ -113,7 +115,7 @@ def enter(
         seconds = time.perf_counter() - began
     except Exception as error:  # a task's code may fail in any way under a transformation
         return Entry(contestant, f"{type(error).__name__}: {first_line(error)}")
-    stats = program.memory_analysis()
+    budget, stats = stage.facts.budget, program.memory_analysis()
     planned = None if stats is None else int(stats.temp_size_in_bytes)
     if budget is not None and planned is not None and planned > budget:
         refused = f"needs {quantity(planned)}, above the budget of {quantity(budget)}"
@@ -157,4 +159,5 @@ def _turn(stage: Stage, entry: Entry, sample: Sample, counts: bool) -> None:
     entry.seconds.append(time.perf_counter() - began)
     if counts:
         entry.grads.append(np.asarray(grad))
-        entry.infos.append({name: float(x) for name, x in info.items()})
+        plain = lambda x: describe(x) if isinstance(x, Plan) else float(x)
+        entry.infos.append({name: plain(x) for name, x in info.items()})

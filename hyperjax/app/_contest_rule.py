@@ -42,7 +42,7 @@ class Row(NamedTuple):
     refused: str = ""
     accuracy: Accuracy | None = None
     cost: Cost | None = None
-    info: dict[str, float] | None = None  # means over draws of what the estimator reports
+    info: dict[str, float | str] | None = None  # what the estimator reports, means over draws
 
 
 class Recommendation(NamedTuple):

@@ -18,7 +18,16 @@ from ._plots_style import number, plural
 
 _HEADER = ("estimator", "bias", "cosine", "deviation", "time", "compile s", "memory", "enough")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SHOWN = ("residual", "curvature", "stationarity", "bound", "standard_error", "diverged", "decay")
+_SHOWN = (
+    "chosen",
+    "residual",
+    "curvature",
+    "stationarity",
+    "bound",
+    "standard_error",
+    "diverged",
+    "decay",
+)
 
 
 def estimators(
@@ -146,9 +155,14 @@ def _note(row: Row) -> str:
 
 
 def _info(row: Row) -> str:
-    info = row.info or {}
-    values = {k.replace("_", " "): info[k] for k in _SHOWN if math.isfinite(info.get(k, math.nan))}
-    return ", ".join(f"{name} {number(value)}" for name, value in values.items())
+    parts = []
+    for name in _SHOWN:
+        value = (row.info or {}).get(name, math.nan)
+        if isinstance(value, str):
+            parts.append(value)
+        elif math.isfinite(value):
+            parts.append(f"{name.replace('_', ' ')} {number(value)}")
+    return ", ".join(parts)
 
 
 def _cells(row: Row, found: Comparison) -> tuple[str, ...]:

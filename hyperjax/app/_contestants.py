@@ -4,12 +4,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from .. import evolution, exchange, linsolve, online
 from .._best_response import best_response
 from .._estimators import hypergradient
+from .._forward_sharing import forward_sharing
 from .._hypernet import gated
 from .._inner import inner
+from .._planned import planned
 from .._types import Batch, Estimate, Estimator, Key, LinearSolve, Split
 from .._unroll import unroll
 from .._warm_start import amortize, warm_start
@@ -19,6 +22,7 @@ _PAIRS = 8
 _SIGMA = 0.1  # raw values are logits or standard scores, of order one
 _EXPLORE = 0.5  # what a hypernetwork sees around the present setting
 _PRODUCTS = 20
+_SKETCH_DAMPING = 0.01
 _DAMPING = 1.0  # what `hyperjax tune --method implicit` takes for networks
 _PIECES = 4
 _MOST_TANGENTS = 1024
@@ -38,16 +42,12 @@ def _truncated(share: Callable[[int], int]) -> Callable:
     return once(make)
 
 
-def _implicit(solve: Callable[[Case], LinearSolve]) -> Callable:
-    return once(lambda c: hypergradient(c.implicit(solve(c)), c.score, c.init))
-
-
 def _warm(c: Case) -> Estimator:
     return warm_start(c.implicit(linsolve.cg(maxiter=5)), c.score, c.init)
 
 
 def _amortized(c: Case) -> Estimator:
-    sketch = linsolve.nystrom_preconditioner(c.key, _rank(c), 0.01)
+    sketch = linsolve.nystrom_preconditioner(c.key, _rank(c), _SKETCH_DAMPING)
     solve = lambda p: linsolve.cg(maxiter=5, preconditioner=p)
     response = c.implicit(linsolve.cg())
     return amortize(
@@ -86,6 +86,14 @@ def _smoothed(c: Case, factory: Callable[..., Estimator], **options: Any) -> Est
     return factory(unroll(c.step), c.score, c.init, key=c.key, pairs=_PAIRS, **options)
 
 
+def _shared(case: Case, memory: None) -> Estimate:
+    """Of a schedule with one value in all its windows."""
+    estimator = forward_sharing(case.step, case.score, case.init, windows=_PIECES)
+    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (_PIECES, *x.shape)), case.raw)
+    result = estimator.estimate(rows, estimator.init(case.start.params, rows), case.split)[0]
+    return result._replace(grad=jax.tree.map(lambda g: jnp.sum(g, axis=0), result.grad))
+
+
 def _never(case: Case, memory: None) -> Estimate:
     raise NotImplementedError("always refused")
 
@@ -97,6 +105,20 @@ def _many_tangents(facts: Facts) -> str:
     if facts.hparams <= _MOST_TANGENTS:
         return ""
     return f"a tangent for each of {facts.hparams:,} hyperparameters is not tried"
+
+
+def _many_windows(facts: Facts) -> str:
+    if facts.steps < _PIECES:
+        return f"has {_PIECES} windows, and there are fewer steps"
+    return _many_tangents(facts._replace(hparams=_PIECES * facts.hparams))
+
+
+def _without_budget(facts: Facts) -> str:
+    return "" if facts.budget else "chooses one of those above by a budget of memory; give one"
+
+
+def _opaque(facts: Facts) -> str:
+    return "takes rate and momentum as functions, which an optax optimizer does not show"
 
 
 def _too_dense(facts: Facts) -> str:
@@ -123,6 +145,18 @@ def _continuous(facts: Facts) -> str:
 
 _SOLUTION = "differentiates a solution, not the run"
 
+
+def _solved(
+    name: str,
+    text: str,
+    solve: Callable[[Case], LinearSolve | linsolve.AdaptiveSolve],
+    refuse: Callable[[Facts], str] = lambda facts: "",
+) -> Contestant:
+    make = lambda c: hypergradient(c.implicit(solve(c)), c.score, c.init)
+    call = f"implicit(..., solve={text})"
+    return Contestant(f"implicit, {name}", call, once(make), refuse=refuse, note=_SOLUTION)
+
+
 CONTESTANTS: tuple[Contestant, ...] = (
     Contestant("unroll", "unroll(step)", _unrolled(), exact=True),
     Contestant(
@@ -143,6 +177,27 @@ CONTESTANTS: tuple[Contestant, ...] = (
         _unrolled("forward"),
         refuse=_many_tangents,
         exact=True,
+    ),
+    Contestant(
+        "planned",
+        "planned(step, score, init, budget=bytes)",
+        once(lambda c: planned(c.step, c.score, c.init, budget=c.budget or 1)),
+        refuse=_without_budget,
+        exact=True,
+    ),
+    Contestant(
+        "forward, sharing",
+        f"forward_sharing(step, score, init, windows={_PIECES})",
+        _shared,
+        refuse=_many_windows,
+        exact=True,
+        note=f"a gradient for each of {_PIECES} windows of a schedule, summed here",
+    ),
+    Contestant(
+        "reversible",
+        "reversible(loss, rate, momentum)",
+        _never,
+        refuse=_opaque,
     ),
     Contestant(
         "rtho",
@@ -169,55 +224,31 @@ CONTESTANTS: tuple[Contestant, ...] = (
         _truncated(lambda steps: max(1, steps // 4)),
     ),
     Contestant("unroll, last step", "unroll(step, truncate=1)", _truncated(lambda steps: 1)),
-    Contestant(
-        "implicit, cg",
-        f"implicit(..., solve=cg(maxiter={_PRODUCTS}))",
-        _implicit(lambda c: linsolve.cg(maxiter=_PRODUCTS)),
-        note=_SOLUTION,
+    _solved("cg", f"cg(maxiter={_PRODUCTS})", lambda c: linsolve.cg(maxiter=_PRODUCTS)),
+    _solved(
+        "adaptive cg",
+        f"adaptive(lambda tol: cg(maxiter={_PRODUCTS}, tol=tol))",
+        lambda c: linsolve.adaptive(lambda tol: linsolve.cg(maxiter=_PRODUCTS, tol=tol)),
     ),
-    Contestant(
-        "implicit, damped cg",
-        f"implicit(..., solve=cg(maxiter={_PRODUCTS}, damping={_DAMPING:g}))",
-        _implicit(lambda c: linsolve.cg(maxiter=_PRODUCTS, damping=_DAMPING)),
-        note=_SOLUTION,
+    _solved(
+        "damped cg",
+        f"cg(maxiter={_PRODUCTS}, damping={_DAMPING:g})",
+        lambda c: linsolve.cg(maxiter=_PRODUCTS, damping=_DAMPING),
     ),
-    Contestant(
-        "implicit, jacobi cg",
-        f"implicit(..., solve=cg(maxiter={_PRODUCTS}, preconditioner=jacobi(key)))",
-        _implicit(lambda c: linsolve.cg(maxiter=_PRODUCTS, preconditioner=linsolve.jacobi(c.key))),
-        note=_SOLUTION,
+    _solved(
+        "jacobi cg",
+        f"cg(maxiter={_PRODUCTS}, preconditioner=jacobi(key))",
+        lambda c: linsolve.cg(maxiter=_PRODUCTS, preconditioner=linsolve.jacobi(c.key)),
     ),
-    Contestant(
-        "implicit, minres",
-        f"implicit(..., solve=minres(maxiter={_PRODUCTS}))",
-        _implicit(lambda c: linsolve.minres(maxiter=_PRODUCTS)),
-        note=_SOLUTION,
+    _solved("minres", f"minres(maxiter={_PRODUCTS})", lambda c: linsolve.minres(maxiter=_PRODUCTS)),
+    _solved("neumann", f"neumann({_PRODUCTS})", lambda c: linsolve.neumann(_PRODUCTS)),
+    _solved(
+        "nystrom",
+        f"nystrom(key, {_PRODUCTS}, {_SKETCH_DAMPING})",
+        lambda c: linsolve.nystrom(c.key, _rank(c), _SKETCH_DAMPING),
     ),
-    Contestant(
-        "implicit, neumann",
-        f"implicit(..., solve=neumann({_PRODUCTS}))",
-        _implicit(lambda c: linsolve.neumann(_PRODUCTS)),
-        note=_SOLUTION,
-    ),
-    Contestant(
-        "implicit, nystrom",
-        f"implicit(..., solve=nystrom(key, {_PRODUCTS}, 0.01))",
-        _implicit(lambda c: linsolve.nystrom(c.key, _rank(c), 0.01)),
-        note=_SOLUTION,
-    ),
-    Contestant(
-        "implicit, dense",
-        'implicit(..., solve=dense(factor="lu"))',
-        _implicit(lambda c: linsolve.dense(factor="lu")),
-        refuse=_too_dense,
-        note=_SOLUTION,
-    ),
-    Contestant(
-        "implicit, identity",
-        "implicit(..., solve=identity())",
-        _implicit(lambda c: linsolve.identity()),
-        note=f"{_SOLUTION}; its size is arbitrary, look at the cosine",
-    ),
+    _solved("dense", 'dense(factor="lu")', lambda c: linsolve.dense(factor="lu"), _too_dense),
+    _solved("identity", "identity()", lambda c: linsolve.identity()),
     Contestant(
         "warm start, cg",
         "warm_start(implicit(..., solve=cg(maxiter=5)), score, init)",
