@@ -43,7 +43,7 @@ PROBES = 4
 STEPS = 15  # 20 products with the probes and the report's
 FEW = 10  # 15 products: enough for the bound with all of SEEDS
 WARM = 5  # 11 products, one of them for the residual of the start
-REPEATS = 51
+REPEATS = 31
 SEEDS = 20
 
 OURS = "hyperjax, cg + jacobi, 20 products"
@@ -141,9 +141,9 @@ def by_hand(adjoint: Callable, *, reverse: bool = False, receipt: bool = False) 
         else:
             slope, product = jax.linearize(lambda w: optimality(w, h, train), w)
         u = adjoint(product, b)
-        _, pull = jax.vjp(lambda h: optimality(w, h, train), h)
+        _, pull_h = jax.vjp(lambda h: optimality(w, h, train), h)
         residual = jnp.linalg.norm(b - product(u)) / jnp.linalg.norm(b)
-        return -pull(u)[0], (value, residual, jnp.linalg.norm(slope)) if receipt else ()
+        return -pull_h(u)[0], (value, residual, jnp.linalg.norm(slope)) if receipt else ()
 
     return hypergradient
 
