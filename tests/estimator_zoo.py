@@ -24,6 +24,7 @@ def key() -> jax.Array:
 class Kind(NamedTuple):
     make: Callable[[problems.Problem], hj.Estimator]
     exact: bool  # the gradient is that of the closed form, from a fresh carry
+    steps: int = problems.STEPS
 
 
 def _implicit(p, **solve):
@@ -43,6 +44,24 @@ def _amortize(p):
     )
 
 
+def _shared(p):
+    """A schedule of two windows with the same values in both: its derivatives add up."""
+    e = hj.forward_sharing(p.inner.step, p.score, p.inner.init, windows=2)
+    both = lambda h: jnp.stack([h, h])
+
+    def estimate(h, carry, split):
+        result, carry = e.estimate(both(h), carry, split)
+        return result._replace(grad=result.grad.sum(0)), carry
+
+    return hj.Estimator(lambda params, h: e.init(params, both(h)), estimate)
+
+
+def _reversible(p):
+    # Two complex roots of modulus sqrt(0.5) for curvatures in [0.9, 2.4]: 100 steps leave 1e-15.
+    init, response = hj.reversible(p.loss, lambda h, t: 0.6, lambda h, t: 0.5, least_momentum=0.5)
+    return hj.hypergradient(response, p.score, init)
+
+
 def _sampled(make, **options):
     return lambda p: make(hj.unroll(p.inner.step), p.score, p.inner.init, key=key(), **options)
 
@@ -55,6 +74,9 @@ KINDS = {
         lambda p: hj.hypergradient(hj.unroll(p.inner.step), p.score, p.inner.init, mode="forward"),
         True,
     ),
+    "reversible": Kind(_reversible, True, 100),
+    "planned": Kind(lambda p: hj.planned(p.inner.step, p.score, p.inner.init, budget=10**7), True),
+    "forward_sharing": Kind(_shared, True),
     "implicit": Kind(lambda p: hj.hypergradient(_implicit(p), p.score, p.inner.init), True),
     "warm_start": Kind(lambda p: hj.warm_start(_implicit(p), p.score, p.inner.init), True),
     "amortize": Kind(_amortize, True),
@@ -83,8 +105,8 @@ class Case(NamedTuple):
 
 @functools.cache
 def case(name: str, axis: str | None = None) -> Case:
-    p = problems.ridge(axis)
     kind = KINDS[name]
+    p = problems.ridge(axis, steps=kind.steps)
     estimator = kind.make(p)
     carry = estimator.init(p.params, p.hparams)
     return Case(p, estimator.estimate, estimator, carry, kind.exact)
