@@ -132,8 +132,9 @@ def _estimator(
         noise = _tree.zeros_like(jax.tree.map(many(pairs), hparams))
         left = _first_episodes(pairs, horizon, stagger)
         own = _common.own_key(key, params, hparams)
-        varying = _tree.vary_like((carries, noise, left), (params, hparams))
-        return ParticleState(params, *varying, own)
+        # Inside shard_map, what depends on a member varies over members from the start.
+        carries, noise, left = _tree.vary_like((carries, noise, left), (params, hparams))
+        return ParticleState(params, carries, noise, left, own)
 
     def estimate(hparams: HParams, state: ParticleState, split: Split):
         _checks.differentiable(where, "hparams", hparams)

@@ -1,5 +1,7 @@
 """Score-function gradients, for hyperparameters that can only be drawn: REINFORCE."""
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -146,7 +148,7 @@ def categorical() -> Distribution:
         def one(x, i):
             return jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(x), i[..., None], axis=-1))
 
-        return sum(jax.tree.leaves(jax.tree.map(one, logits, drawn)))
+        return _total(jax.tree.map(one, logits, drawn))
 
     return Distribution(sample, log_prob)
 
@@ -160,9 +162,13 @@ def bernoulli() -> Distribution:
 
     def log_prob(logits: HParams, drawn: PyTree) -> Scalar:
         one = lambda x, on: jnp.sum(on * x - jax.nn.softplus(x))  # log sigmoid(x) or of -x
-        return sum(jax.tree.leaves(jax.tree.map(one, logits, drawn)))
+        return _total(jax.tree.map(one, logits, drawn))
 
     return Distribution(sample, log_prob)
+
+
+def _total(tree: PyTree) -> Scalar:
+    return functools.reduce(operator.add, jax.tree.leaves(tree))
 
 
 def _by_leaf(function, key: Key, tree: PyTree) -> PyTree:
