@@ -331,8 +331,9 @@ def test_values_at_the_edges():
     assert at(guarded.exponential_decay(1.0, 4, 0.0)) == at(optax.exponential_decay(1.0, 4, 0.0))
     assert at(guarded.exponential_decay(1.0, 0, 0.5)) == at(optax.exponential_decay(1.0, 0, 0.5))
     for power in (0.0, 1.0):
-        numbers = (1.0, 4, 0.5, power)
-        ours, theirs = (m.cosine_decay_schedule(*numbers) for m in (guarded, optax))
+        ours, theirs = (m.cosine_decay_schedule(1.0, 4, 0.5, power) for m in (guarded, optax))
+        assert error(np.asarray(at(ours)), np.asarray(at(theirs))) < 1e-15
+        ours, theirs = (m.polynomial_schedule(1.0, 0.5, power, 4) for m in (guarded, optax))
         assert error(np.asarray(at(ours)), np.asarray(at(theirs))) < 1e-15
     numbers = (0.0, 1.0, 0, 8, 0.5)
     ours, theirs = (m.warmup_cosine_decay_schedule(*numbers) for m in (guarded, optax))
