@@ -45,7 +45,8 @@ def antithetic(
 
     Args:
       key: a typed PRNG key. The values of params and hparams at `init` are folded in, so that
-        members of a population draw apart, and the same start draws the same noise.
+        members of a population draw apart, and the same start draws the same noise. A member that
+        an exchange copied goes on drawing what its parent draws.
       pairs: at least 1; 2 for a standard error.
       sigma: in the units of hparams: one number, or a tree like hparams of what broadcasts to its
         leaves.
