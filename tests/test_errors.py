@@ -7,6 +7,7 @@ expected.
 # pyright: reportArgumentType=false
 # Wrong types are the point here.
 
+import estimator_zoo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,7 +135,16 @@ loss = lambda params, hparams, batch: jnp.zeros(())
 response = lambda hparams, carry, batches: (carry, carry)
 init = lambda params, hparams: params
 explore = lambda key, hparams: hparams
+prox = hj.prox.non_negative()
+fitted = hj.implicit(response, hj.stationary(loss))
 tuner = hj.tune(hj.score_only(response, loss, init), optax.sgd(0.1))
+
+
+def amortize(**changes):
+    exact = hj.Preconditioner(lambda matvec, like: (), lambda state, v: v)
+    options = {"preconditioner": exact, "solve": lambda p: hj.linsolve.cg(), "refresh": 5}
+    return hj.amortize(fitted, loss, init, **{**options, **changes})
+
 
 NOT_CALLABLE = {
     "inner loss": (lambda: hj.inner(3, optax.sgd), "inner", "`loss`"),
@@ -144,6 +154,18 @@ NOT_CALLABLE = {
     "implicit response": (lambda: hj.implicit(3, loss), "implicit", "`response`"),
     "implicit optimality": (lambda: hj.implicit(response, "x"), "implicit", "`optimality`"),
     "implicit solve": (lambda: hj.implicit(response, loss, solve="cg"), "implicit", "`solve`"),
+    "fixed_point": (lambda: hj.fixed_point(3), "fixed_point", "`map`"),
+    "iterate": (lambda: hj.iterate(3), "iterate", "`map`"),
+    "proximal loss": (lambda: hj.proximal(3, prox, 0.1), "proximal", "`loss`"),
+    "proximal prox": (lambda: hj.proximal(loss, 3, 0.1), "proximal", "`prox`"),
+    "proximal_descent": (lambda: hj.proximal_descent(loss, 3, 0.1), "proximal_descent", "`prox`"),
+    "lasso": (lambda: hj.prox.lasso(0.1), "lasso", "`weight`"),
+    "elastic_net": (lambda: hj.prox.elastic_net(abs, 0.1), "elastic_net", "`l2`"),
+    "box lower": (lambda: hj.prox.box(0.0, abs), "box", "`lower`"),
+    "box upper": (lambda: hj.prox.box(abs, 1.0), "box", "`upper`"),
+    "warm_start score": (lambda: hj.warm_start(fitted, 3, init), "warm_start", "`score`"),
+    "warm_start init": (lambda: hj.warm_start(fitted, loss, 3), "warm_start", "`init`"),
+    "amortize solve": (lambda: amortize(solve=3), "amortize", "`solve`"),
     "best_response apply": (lambda: hj.best_response(3, response), "best_response", "`apply`"),
     "best_response train": (lambda: hj.best_response(loss, 3), "best_response", "`train`"),
     "hypergradient response": (
@@ -170,6 +192,11 @@ NOT_CALLABLE = {
 
 
 NOT_A_PAIR = {
+    "amortize preconditioner": (
+        lambda: amortize(preconditioner=hj.linsolve.jacobi),
+        "amortize",
+        "`preconditioner`",
+    ),
     "tune estimator": (lambda: hj.tune(response, optax.sgd(0.1)), "tune", "`estimator`"),
     "tune optimizer": (
         lambda: hj.tune(hj.hypergradient(response, loss, init), optax.sgd),
@@ -243,6 +270,20 @@ VALUES = {
         lambda: hj.linsolve.neumann(3, NAN),
         ("neumann", "`scale`", "positive", "nan"),
     ),
+    "convexity zero": (
+        lambda: hj.implicit(response, loss, convexity=0.0),
+        ("implicit", "`convexity`", "positive", "0.0"),
+    ),
+    "convexity nan": (
+        lambda: hj.implicit(response, loss, convexity=NAN),
+        ("implicit", "`convexity`", "positive", "nan"),
+    ),
+    "rate": (lambda: hj.proximal(loss, prox, -1.0), ("proximal", "`rate`", "positive", "-1.0")),
+    "rate word": (
+        lambda: hj.proximal_descent(loss, prox, "0.1"),
+        ("proximal_descent", "`rate`", "positive", "'0.1'"),
+    ),
+    "refresh": (lambda: amortize(refresh=0), ("amortize", "`refresh`", ">= 1", "got 0")),
     "every": (
         lambda: hj.exchange.tournament(explore, every=0),
         ("tournament", "`every`", ">= 1", "got 0"),
@@ -356,6 +397,23 @@ def test_losses_and_scores_must_be_real_scalars(value):
         estimate = make(response, bad, init).estimate
         call = lambda estimate=estimate: estimate(jnp.ones(()), jnp.ones(2), split)
         refuse(TypeError, call, make.__name__, "`score`", *words)
+
+
+@pytest.mark.parametrize("name", estimator_zoo.KINDS)
+def test_every_estimator_refuses_a_score_that_is_no_scalar(name):
+    p = problems.ridge(steps=4)
+    estimator = estimator_zoo.KINDS[name].make(p._replace(score=lambda w, h, batch: w))
+    call = lambda: estimator.estimate(p.hparams, estimator.init(p.params, p.hparams), p.split)
+    refuse(TypeError, call, "`score`", "must return a real scalar", "float64[5]", "mean or a sum")
+
+
+@pytest.mark.parametrize("name", estimator_zoo.KINDS)
+def test_every_estimator_refuses_hparams_that_are_not_floating_point(name):
+    p = problems.ridge(steps=4)
+    estimator = estimator_zoo.KINDS[name].make(p)
+    carry = estimator.init(p.params, p.hparams)
+    call = lambda: estimator.estimate(jnp.arange(5), carry, p.split)
+    refuse(TypeError, call, "every leaf of `hparams`", "the root is int64[", "floating-point")
 
 
 INTEGERS = {"a": jnp.ones(2), "b": jnp.ones((), int)}
