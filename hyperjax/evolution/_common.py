@@ -22,7 +22,7 @@ class EvolutionInfo(NamedTuple):
     diverged: jax.Array  # int32: perturbed runs whose score was not finite
 
 
-def check_factory(where: str, response, init, key: Key) -> None:
+def check_factory(where: str, response, init, key: Key, chunk: int | None) -> None:
     _checks.is_callable(where, "response", response)
     _checks.is_callable(where, "init", init)
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -31,6 +31,8 @@ def check_factory(where: str, response, init, key: Key) -> None:
         raise TypeError(
             f"{where}: `key` must be one typed PRNG key; got {got}. Pass `jax.random.key(0)`."
         )
+    if chunk is not None:
+        _checks.positive_int(where, "chunk", chunk)
 
 
 def own_key(key: Key, params: Params, hparams: HParams) -> Key:

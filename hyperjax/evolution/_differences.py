@@ -92,11 +92,9 @@ def spsa(
 
 
 def _estimator(where, response, score, init, key, pairs, name, scale, chunk, noise, sides=2):
-    _common.check_factory(where, response, init, key)
+    _common.check_factory(where, response, init, key, chunk)
     _common.check_scale(where, name, scale)
     _checks.positive_int(where, "pairs", pairs)
-    if chunk is not None:
-        _checks.positive_int(where, "chunk", chunk)
     score = _checks.scalar_loss(where, "score", score)
 
     def start(params: Params, hparams: HParams) -> DifferenceState:

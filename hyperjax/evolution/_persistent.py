@@ -116,20 +116,17 @@ def _estimator(
     where, response, score, init, key, pairs, sigma, horizon, stagger, chunk, advance
 ) -> Estimator:
     """`advance(begins, noise, drawn)` gives the perturbations and weights of this estimate."""
-    _common.check_factory(where, response, init, key)
+    _common.check_factory(where, response, init, key, chunk)
     _common.check_scale(where, "sigma", sigma)
     _checks.positive_int(where, "pairs", pairs)
     if horizon is not None:
         _checks.positive_int(where, "horizon", horizon)
-    if chunk is not None:
-        _checks.positive_int(where, "chunk", chunk)
     score = _checks.scalar_loss(where, "score", score)
 
     def start(params: Params, hparams: HParams) -> ParticleState:
         params, hparams = _tree.strong((params, hparams))
-        many = lambda n: lambda x: jnp.broadcast_to(x, (n, *x.shape))
-        carries = jax.tree.map(many(1 + 2 * pairs), _tree.strong(init(params, hparams)))
-        noise = _tree.zeros_like(jax.tree.map(many(pairs), hparams))
+        carries = _stack(_tree.strong(init(params, hparams)), 1 + 2 * pairs)
+        noise = _tree.zeros_like(_stack(hparams, pairs))
         left = _first_episodes(pairs, horizon, stagger)
         own = _common.own_key(key, params, hparams)
         # Inside shard_map, what depends on a member varies over members from the start.
@@ -162,6 +159,10 @@ def _estimator(
         return Estimate(scores[0], grad, info), after
 
     return Estimator(start, estimate)
+
+
+def _stack(tree: PyTree, count: int) -> PyTree:
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), tree)
 
 
 def _of_runs(flags: jax.Array) -> jax.Array:

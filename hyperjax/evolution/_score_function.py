@@ -85,11 +85,9 @@ def score_function(
     or a score that is not a scalar.
     """
     where = "score_function"
-    _common.check_factory(where, response, init, key)
+    _common.check_factory(where, response, init, key, chunk)
     _checks.has_functions(where, "distribution", distribution, ("sample", "log_prob"))
     _checks.positive_int(where, "samples", samples, least=2)
-    if chunk is not None:
-        _checks.positive_int(where, "chunk", chunk)
     score = _checks.scalar_loss(where, "score", score)
 
     def start(params: Params, hparams: HParams) -> ScoreFunctionState:
