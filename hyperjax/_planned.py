@@ -56,8 +56,9 @@ def planned(
         every k    (T / k) S + k R + W            4
         binomial   sqrt(2 T) S + W                5,         W = R + 3 S for one step
 
-    What XLA allocates beside inputs and outputs was within a factor of three of it in the tests,
-    mostly below. Inside vmap the budget is that of one member.
+    Tests hold the bytes to a factor of three of what XLA allocates beside inputs and outputs, and
+    benchmarks/unrolled.py has the times: forward mode wins with one scalar, draws with two (and is
+    chosen, for its memory) and loses with more. Inside vmap the budget is that of one member.
 
     `Estimate.info` is the `Plan`: static, so that it passes through jit, scan and vmap.
 

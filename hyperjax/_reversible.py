@@ -70,8 +70,9 @@ def reversible(
     `Reversible.response` trains as `unroll(inner(loss, lambda h: optax.sgd(rate, momentum)).step)`
     does, to about float precision, and `Reversible.init(params, hparams)` makes its carry, from
     which training can go on. Reverse mode runs the training backwards, recomputes every gradient
-    and has the derivative in hparams, in params and velocity of the carry, and in batches. It
-    takes about 1.5 times as long as that of `unroll`. No forward mode, no second derivatives.
+    and has the derivative in hparams, in params and velocity of the carry, and in batches. On a
+    CPU it takes about as long as that of `unroll` (benchmarks/unrolled.py). No forward mode, no
+    second derivatives.
 
     Args:
       rate, momentum: functions of (hparams, t), t the number of steps before this one (int32,
@@ -83,9 +84,10 @@ def reversible(
         log2(1 / least_momentum) bits per entry of params in words of 32 (64) bits. One word does
         for 10,000 steps at 0.999 and for about 160 (370) steps at 0.9; the words after the first
         grow with the number of steps.
-      fraction: numbers are multiples of 2^-fraction; default 23 for float32 (52 for float64). The
-        entries of params and velocity must stay below 2^(30 - fraction) (2^(62 - fraction)), 128
-        (1024) by default.
+      fraction: numbers are multiples of 2^-fraction; default 25 for float32 (52 for float64). The
+        entries of params and velocity must stay below 2^(30 - fraction) (2^(62 - fraction)), 32
+        (1024) by default. Gradients are rounded to such multiples too, so that float32 wants
+        gradients well above 1e-7: scale the loss up and the rate down, or use float64.
 
     Nothing is silently wrong: if a number leaves the range or momentum leaves [least_momentum, 1],
     the params that come out are NaN, and so is the gradient if the backward run does not end where
@@ -135,7 +137,8 @@ def _per_leaf(name, value, params) -> list[jax.Array]:
             f"reversible: `{name}` must return a scalar, or a tree like params of scalars or "
             f"arrays of the leaf's shape; got {got}. Index a schedule by the step: `h[...][t]`."
         )
-    return [jnp.asarray(x).astype(p.dtype) for x, p in zip(leaves, like, strict=True)]
+    pairs = zip(leaves, like, strict=True)
+    return [_tree.vary_like(jnp.asarray(x).astype(p.dtype), p) for x, p in pairs]
 
 
 # ------------------------------------------------------------------------ the response
@@ -171,6 +174,8 @@ class ReversibleResponse:
         """Nothing depends on `receipt`: the backward run writes its report as the cotangent."""
         steps = _checks.count_steps("reversible", batches)
         carry = _tree.vary_like(carry, hparams)
+        # The flags vary as the carry does, and with them whatever they turn into NaN.
+        hparams, batches = _tree.vary_like((hparams, batches), carry)
         leaves, structure = jax.tree.flatten(carry.params)
         grids = [_grid(x.dtype, self.fraction) for x in leaves]
         words = max(-(-steps // _steps_per_word(g, self.least_momentum)) for g in grids)
@@ -182,7 +187,7 @@ class ReversibleResponse:
         pace, for_pace = jax.closure_convert(paced, hparams, carry.count)
 
         run = _Run(on_leaves, pace, grids, self.least_momentum, steps, words).reversing()
-        rest = (hparams, batches, (for_gradient, for_pace))
+        rest = (hparams, batches, _tree.vary_like((for_gradient, for_pace), carry))
         velocity = jax.tree.leaves(carry.velocity)
         leaves, velocity = run(leaves, velocity, receipt, carry.count, rest)
         params = structure.unflatten(leaves)
@@ -306,7 +311,9 @@ def _alone(function, *inputs):
     Forward and backward run must agree in every bit; fused with their different surroundings, a
     sum may be taken in another order.
     """
-    return lax.optimization_barrier(function(*lax.optimization_barrier(inputs)))
+    # Leaf by leaf: inside shard_map one barrier would make all of them vary where one does.
+    fence = lambda tree: jax.tree.map(lax.optimization_barrier, tree)
+    return fence(function(*fence(inputs)))
 
 
 def _all(flags) -> jax.Array:
@@ -341,7 +348,7 @@ class _Entry(NamedTuple):
 
 def _grid(dtype, fraction: int | None) -> _Grid:
     if dtype == jnp.float32:
-        return _Grid(jnp.int32, jnp.uint32, dtype, 16, 23 if fraction is None else fraction)
+        return _Grid(jnp.int32, jnp.uint32, dtype, 16, 25 if fraction is None else fraction)
     if dtype == jnp.float64:
         return _Grid(jnp.int64, jnp.uint64, dtype, 32, 52 if fraction is None else fraction)
     raise TypeError(

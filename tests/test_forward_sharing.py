@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import problems
 import pytest
+from jax.sharding import PartitionSpec
 from problems import error, jit
 
 import hyperjax as hj
@@ -103,6 +104,21 @@ def test_vmap_scan_and_types():
     state, metrics = jit(functools.partial(hj.run, tuner))(state, problems.repeat(split, 3))
     assert jnp.all(metrics.finite)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((state.hparams, metrics.value)))
+
+
+def test_shard_map_is_one_device():
+    # Data in eight parts, a pmean in loss and score.
+    grads = []
+    for axis in (None, "i"):
+        p = problems.net(axis, steps=6)
+        estimator = estimator_of(p, 2)
+        grad = lambda h, split, p=p, e=estimator: e.estimate(h, e.init(p.params, h), split)[0].grad
+        if axis:
+            specs = (PartitionSpec(), problems.shard(p.split, axis))
+            mesh = problems.mesh(axis)
+            grad = jax.shard_map(grad, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+        grads.append(jit(grad)(scheduled(p, 2), p.split))
+    assert error(grads[1], grads[0]) < 1e-12
 
 
 def test_clipping_bounds_tangents_and_is_reported():
