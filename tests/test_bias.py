@@ -41,7 +41,8 @@ def implicit(solve, *, steps=problems.STEPS, estimator=hj.hypergradient):
 def gradient_error(estimator, p, estimates=1) -> float:
     """Of the last of so many estimates at the same hyperparameters."""
     carry, call = estimator.init(p.params, p.hparams), jit(estimator.estimate)
-    for _ in range(estimates):
+    result, carry = call(p.hparams, carry, p.split)
+    for _ in range(estimates - 1):
         result, carry = call(p.hparams, carry, p.split)
     return error(result.grad, problems.ridge_answers(p.hparams, p.split).gradient)
 
