@@ -296,10 +296,17 @@ def test_cholesky_reports_what_is_not_positive_definite():
     assert info.residual > 0.1
 
 
-def test_dense_reports_the_smallest_of_the_diagonal_and_the_solution():
-    x, info = solve_dense(ls.dense(), DEFINITE, B)
-    x = np.asarray(x)
-    assert error(info.curvature, min(*np.diag(DEFINITE), x @ DEFINITE @ x / (x @ x))) < 1e-12
+@pytest.mark.parametrize("first", [0.1, 50.0])
+def test_dense_reports_the_smallest_of_the_diagonal_and_the_solution(first):
+    # With `first` small the least is on the diagonal, otherwise along the solution.
+    a = DEFINITE + 0.0
+    a[0] = a[:, 0] = first * np.eye(N)[0]
+    b = np.linalg.eigh(DEFINITE[1:, 1:])[1][:, 0]
+    b = np.concatenate([[0.0], b])
+    _, info = solve_dense(ls.dense(), a, b)
+    along, diagonal = b @ a @ b / (b @ b), np.diag(a).min()
+    assert (diagonal < along) == (first < 1)
+    assert error(info.curvature, min(along, diagonal)) < 1e-12
     assert info.iterations == N
 
 
@@ -350,7 +357,10 @@ def test_adaptive_ties_the_tolerance_to_the_stationarity():
         (lambda: ls.neumann(3, "best"), "neumann: `scale` must be one of 'auto'; got 'best'"),  # pyright: ignore
         (lambda: ls.neumann(3, 0.0), "neumann: `scale` must be a finite number, positive"),
         (lambda: ls.identity(0.0), "identity: `scale` must be a finite number, positive"),
-        (lambda: ls.adaptive(ls.cg, floor=0.5), "adaptive: `floor` must be at most `ceiling`"),
+        (
+            lambda: ls.adaptive(lambda tol: ls.cg(tol=tol), floor=0.5),
+            "adaptive: `floor` must be at most `ceiling`",
+        ),
     ],
 )
 def test_refusals(make, message):

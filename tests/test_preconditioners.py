@@ -159,6 +159,14 @@ def test_a_sketch_kept_from_a_near_matrix_serves(seed):
     assert error(x, np.linalg.solve(near, b)) < 1e-6
 
 
+@pytest.mark.parametrize("solve", [ls.cg, ls.gmres])
+def test_products_that_build_are_counted(solve):
+    a, b = symmetric(0, np.geomspace(1, 100, 30)), vector(1, 30)
+    solver = solve(maxiter=3, tol=0, preconditioner=ls.jacobi(KEY, 5))
+    _, info = solve_dense(solver, a, b)
+    assert info.iterations == 3 + 5
+
+
 def test_preconditioners_take_pytrees_and_batches():
     n, b = 9, vector(1, 9)
     split = lambda v: {"one": v[:2], "two": [v[2:8].reshape(3, 2), v[8]]}

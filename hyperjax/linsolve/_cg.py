@@ -8,7 +8,7 @@ from jax import lax
 
 from .. import _checks, _tree
 from .._types import LinearSolve, MatVec, Params, Preconditioner, Scalar, SolveInfo
-from ._common import damped, residual, scaled, start_from
+from ._common import damped, preconditioned, residual, scaled, start_from
 
 
 def cg(
@@ -51,11 +51,7 @@ def cg(
     def solve(matvec: MatVec, b: Params, x0: Params | None = None, /) -> tuple[Params, SolveInfo]:
         size, unit = scaled(b)
         product = damped(matvec, damping)
-        if preconditioner is None:
-            precondition, built = lambda r: r, 0
-        else:
-            state = preconditioner.build(product, unit)
-            precondition, built = lambda r: preconditioner.apply(state, r), preconditioner.products
+        precondition, built = preconditioned(preconditioner, product, unit)
         start = _cg_init(precondition, *start_from(product, unit, size, x0))
         running = lambda s: (s.steps < maxiter) & (s.rr > tol**2) & ~s.stopped
         end = lax.while_loop(running, lambda s: _cg_step(product, precondition, s), start)

@@ -6,7 +6,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from .. import _tree
-from .._types import MatVec, Params, Scalar
+from .._types import MatVec, Params, Preconditioner, Scalar
 
 
 def scaled(b: Params) -> tuple[Scalar, Params]:
@@ -34,6 +34,16 @@ def start_from(
 def damped(matvec: MatVec, damping: float) -> MatVec:
     """Products with A + damping I."""
     return (lambda v: _tree.axpy(damping, v, matvec(v))) if damping else matvec
+
+
+def preconditioned(
+    preconditioner: Preconditioner | None, matvec: MatVec, like: Params
+) -> tuple[MatVec, int]:
+    """The preconditioner as a function, and the products that building it took."""
+    if preconditioner is None:
+        return lambda r: r, 0
+    state = preconditioner.build(matvec, like)
+    return lambda r: preconditioner.apply(state, r), preconditioner.products
 
 
 def residual(matvec: MatVec, unit: Params, x: Params) -> Scalar:

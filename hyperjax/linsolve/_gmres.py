@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from .. import _checks, _tree
 from .._types import LinearSolve, MatVec, Params, Preconditioner, Scalar, SolveInfo
-from ._common import damped, flat, scaled, start_from
+from ._common import damped, flat, preconditioned, scaled, start_from
 
 
 def gmres(
@@ -54,18 +54,14 @@ def gmres(
     def solve(matvec: MatVec, b: Params, x0: Params | None = None, /) -> tuple[Params, SolveInfo]:
         size, unit = scaled(b)
         product = damped(matvec, damping)
-        precondition, built = lambda v: v, 0
-        if preconditioner is not None:
-            state = preconditioner.build(product, unit)
-            precondition = flat(lambda v: preconditioner.apply(state, v), unit)
-            built = preconditioner.products
+        precondition, built = preconditioned(preconditioner, product, unit)
         x, r, count = start_from(product, unit, size, x0)
         unravel = ravel_pytree(unit)[1]
-        rhs, a = ravel_pytree(unit)[0], flat(product, unit)
+        rhs, a, p = ravel_pytree(unit)[0], flat(product, unit), flat(precondition, unit)
         x, r = ravel_pytree(x)[0], ravel_pytree(r)[0]
         start = _Cycle(x, r, _tree.norm(r), count, jnp.inf + _tree.norm(r) * 0, count < 0)
         running = lambda s: (s.steps < maxiter) & (s.norm > tol) & ~s.stopped
-        cycle = lambda s: _cycle(a, precondition, rhs, length, maxiter, tol, s)
+        cycle = lambda s: _cycle(a, p, rhs, length, maxiter, tol, s)
         end = lax.while_loop(running, cycle, start)
         # The last product of the last cycle was for the report.
         report = (end.steps > count).astype(count.dtype)

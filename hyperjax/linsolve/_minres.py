@@ -26,7 +26,7 @@ def minres(*, maxiter: int = 100, tol: float | Scalar = 1e-6, damping: float = 0
     It ends early where the Krylov space does: then x is exact, or A is singular and x is the best
     there is in that space. Every test is relative to b and A. `SolveInfo.curvature` is the smallest
     Rayleigh quotient of the Lanczos vectors and of the residuals (Liu and Roosta 2022, arXiv
-    2103.07054, for the latter at no cost), of A + damping I.
+    2206.05732, for the latter at no cost), of A + damping I.
 
     A start x0 whose residual is above that of zero is replaced by zero.
 
