@@ -2,8 +2,8 @@
 
     python benchmarks/online_mnist.py --data-dir DIR
 
-Six minutes on two cores that had other work as well. DIR holds mnist/train-images-idx3-ubyte.gz and its three siblings
-(see `hyperjax data list`); without it the folder in HYPERJAX_DATA is read.
+Six minutes on two cores that had other work as well. DIR holds mnist/train-images-idx3-ubyte.gz
+and its three siblings (see `hyperjax data list`); without it HYPERJAX_DATA names the folder.
 
 1. Hypergradient descent (Baydin et al. 2018, arXiv 1703.04782): logistic regression, 10 epochs,
    the three methods without and with it. Expected: test losses within 0.01 of those in the

@@ -32,27 +32,21 @@ def weigh(tree):
     return sum(jnp.sum(jnp.cos(jnp.arange(x.size)) * x.ravel()) for x in jax.tree.leaves(tree))
 
 
-def derivatives(optimizer, grads):
+def derivatives(optimizer):
     """Of `train` in the gradient: the first, and the second along a direction."""
     first = jax.grad(lambda g: train(optimizer, g))
-    second = jax.grad(lambda g: weigh(first(g)))
-    return jit(lambda g: (first(g), second(g)))(grads)
+    return jit(lambda g: (first(g), jax.grad(lambda g: weigh(first(g)))(g)))
 
 
 # --------------------------------------------------------------------- optimizers, clipping
 
-# name: (optax's own, the guarded one, the same as optax's own by its arguments, worst gradient)
+# name: optax's own, the guarded one, and what the guarded one is in terms of optax
 PIECES = {
     "adam": (optax.adam(0.1), hj.guarded.adam(0.1), optax.adam(0.1, eps_root=1e-8)),
-    "adam, nesterov": (
-        optax.adam(0.1, nesterov=True),
-        hj.guarded.adam(0.1, nesterov=True),
-        optax.adam(0.1, eps_root=1e-8, nesterov=True),
-    ),
     "adamw": (
-        optax.adamw(0.1, weight_decay=0.3),
-        hj.guarded.adamw(0.1, weight_decay=0.3),
-        optax.adamw(0.1, weight_decay=0.3, eps_root=1e-8),
+        optax.adamw(0.1, weight_decay=0.3, nesterov=True),
+        hj.guarded.adamw(0.1, weight_decay=0.3, nesterov=True),
+        optax.adamw(0.1, weight_decay=0.3, eps_root=1e-8, nesterov=True),
     ),
     "scale_by_adam": (
         optax.scale_by_adam(),
@@ -68,22 +62,17 @@ PIECES = {
 
 
 @pytest.mark.parametrize("name", PIECES)
-def test_derivatives_at_zero_are_nan_in_optax_and_finite_here(name):
-    plain, guarded, _ = PIECES[name]
+def test_nan_at_zero_in_optax_finite_here_and_the_same_elsewhere(name):
+    plain, guarded, same = PIECES[name]
     assert finite(train(plain, ZERO))
-    assert not finite(derivatives(plain, ZERO)[0])
+    assert not finite(jit(jax.grad(lambda g: train(plain, g)))(ZERO))
+    ours, theirs = derivatives(guarded), derivatives(same)
     for grads in (ZERO, PARTLY):
-        assert finite(derivatives(guarded, grads))
-
-
-@pytest.mark.parametrize("name", PIECES)
-def test_values_and_derivatives_elsewhere_are_those_of_optax(name):
-    _, guarded, same = PIECES[name]
+        assert finite(ours(grads))
     assert error(train(guarded, ORDINARY), train(same, ORDINARY)) < 1e-15
     # Clipping multiplies by a quotient where optax divides and multiplies: rounding.
-    ours, theirs = derivatives(guarded, ORDINARY), derivatives(same, ORDINARY)
-    assert error(ours[0], theirs[0]) < 1e-13
-    assert error(ours[1], theirs[1]) < 1e-12
+    for mine, other in zip(ours(ORDINARY), theirs(ORDINARY), strict=True):
+        assert error(mine, other) < 1e-12
 
 
 def test_derivative_of_adam_at_zero_is_the_limit():
@@ -109,14 +98,15 @@ def test_optimizers_take_traced_hyperparameters(name):
         "clip_by_global_norm": hj.guarded.clip_by_global_norm,
         "scale_by_adam": lambda h: hj.guarded.scale_by_adam(b1=h, b2=h, eps=h, eps_root=h),
         "adamw": lambda h: hj.guarded.adamw(h, h, h, h, h, weight_decay=h),
-    }.get(name, lambda h: hj.guarded.adam(h, h, h, h, h, nesterov="nesterov" in name))
+    }.get(name, lambda h: hj.guarded.adam(h, h, h, h, h))
     values = jnp.asarray([0.1, 0.4])
     function = jax.value_and_grad(lambda h: train(make(h), PARTLY))
     together = jit(jax.vmap(function))(values)
+    alone, evaluate = jit(function), lambda h: train(make(h), PARTLY)
     for i in range(2):
-        assert error([x[i] for x in together], list(function(values[i]))) < 1e-13
+        assert error([x[i] for x in together], list(alone(values[i]))) < 1e-13
     assert finite(together)
-    difference = (train(make(0.4 + 1e-6), PARTLY) - train(make(0.4 - 1e-6), PARTLY)) / 2e-6
+    difference = (evaluate(0.4 + 1e-6) - evaluate(0.4 - 1e-6)) / 2e-6
     assert error(together[1][1], difference) < 1e-7
 
 
@@ -135,7 +125,7 @@ def test_types_float32_and_bad_input():
         hj.guarded.clip_by_global_norm(-1.0)
 
 
-# name: eps outside the root bounds how far an entry just above zero moves
+# Each has an eps that bounds how far an entry just above zero moves.
 NUDGED = {
     "amsgrad": optax.amsgrad(0.1),
     "nadam": optax.nadam(0.1),
@@ -143,7 +133,7 @@ NUDGED = {
     "ademamix": optax.contrib.ademamix(0.1),
     "adopt": optax.contrib.adopt(0.1),
     "novograd": optax.novograd(0.1),
-    "muon": optax.contrib.muon(0.1),
+    "muon": optax.contrib.muon(0.1, ns_steps=2),
     "rms": optax.scale_by_rms(eps_in_sqrt=False),
     "normalize": optax.normalize_by_update_norm(),
     "clip_by_block_rms": optax.clip_by_block_rms(1.0),
@@ -169,8 +159,8 @@ def test_nudge_mends_what_has_no_guard_of_its_own(name, dtype):
     (before, broken), (after, mended) = both(plain), both(guarded)
     assert not finite(broken)
     assert finite(mended)
-    # Muon's five iterations of slope 3.4 take 1e-16 / 1e-8 to 5e-6 per entry in float32.
-    assert abs(float(before - after)) < 1e-4
+    # Muon's two iterations of slope 3.4 take 1e-16 / 1e-8 to 1e-7 per entry in float32.
+    assert abs(float(before - after)) < 1e-6
     untouched = cast(ORDINARY)
     assert value(guarded, untouched) == value(plain, untouched)
 
@@ -185,7 +175,7 @@ def test_nudge_refuses_what_it_cannot_nudge():
 
 def test_what_is_finite_in_optax_is_not_wrapped():
     # So there is no guarded rmsprop, adagrad, adabelief, yogi, adadelta, adamax, lion or sgd.
-    for optimizer in (
+    optimizers = (
         optax.rmsprop(0.1),
         optax.rmsprop(0.1, centered=True),
         optax.adagrad(0.1),
@@ -195,8 +185,9 @@ def test_what_is_finite_in_optax_is_not_wrapped():
         optax.adamax(0.1),
         optax.lion(0.1),
         optax.sgd(0.1, 0.9),
-    ):
-        assert finite(jit(jax.grad(lambda g, o=optimizer: train(o, g)))(ZERO))
+    )
+    slopes = jit(jax.jacobian(lambda g: jnp.stack([train(o, g) for o in optimizers])))(ZERO)
+    assert finite(slopes)
 
 
 # -------------------------------------------------------------------------------- schedules
@@ -266,14 +257,13 @@ def test_optax_refuses_traced_numbers_and_here_they_are_exact(name):
         jax.jit(lambda h: plain(h)(0))(h)
     ours = jit(lambda h: values(guarded, h))
     assert error(ours(h), values(plain, numbers)) < 1e-14
-    together = jit(jax.vmap(lambda h: values(guarded, h)))(jnp.stack([h, 1.1 * h]))
-    assert error(together[1], ours(1.1 * h)) < 1e-14
+    many = jit(jax.vmap(lambda h: values(guarded, h)))
+    assert error(many(jnp.stack([h, 1.1 * h]))[1], ours(1.1 * h)) < 1e-14
     # No number is at a kink, so central differences of step 1e-6 are good to about 1e-9.
     jacobian = jit(jax.jacobian(lambda h: values(guarded, h)))(h)
     for i, unit in enumerate(np.eye(len(numbers))):
         difference = (ours(h + 1e-6 * unit) - ours(h - 1e-6 * unit)) / 2e-6
         assert float(jnp.max(jnp.abs(jacobian[:, i] - difference))) < 1e-8
-    assert finite(jit(jax.hessian(lambda h: jnp.sum(values(guarded, h))))(h))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -316,10 +306,12 @@ def test_schedules_and_their_derivatives_are_finite_at_the_edges(name):
     make, numbers = EDGES[name]
     h = jnp.asarray(numbers, float)
     function = lambda h: values(make, h)
-    jacobian = jit(jax.jacobian(function))(h)
-    assert finite((function(h), jacobian, jit(jax.hessian(function))(h)))
+
+    looks = lambda h: (function(h), jax.jacrev(function)(h), jax.hessian(function)(h))
+    value, jacobian, hessian = jit(looks)(h)
+    assert finite((value, jacobian, hessian))
     # The derivative in the first value by hand: these are all linear in it.
-    slope = function(h.at[0].add(1.0)) - function(h)
+    slope = jit(function)(h.at[0].add(1.0)) - value
     assert error(jacobian[:, 0], slope) < 1e-14
 
 

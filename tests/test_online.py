@@ -217,13 +217,12 @@ def test_marthe_with_several_steps_and_hparams_is_rtho_with_its_own_decay():
     p = net("adam")
     ours = hj.online.marthe(p.inner.step, p.score, p.inner.init)
     first, second = estimates(ours, p, halves(p.split))
+    fixed = lambda d: hj.online.rtho(p.inner.step, p.score, p.inner.init, decay=d)
+    estimate = jit(lambda d, carry, split: fixed(d).estimate(p.hparams, carry, split))
     for name in ("l2", "lr"):
-        carry = hj.online.rtho(p.inner.step, p.score, p.inner.init).init(p.params, p.hparams)
+        carry = fixed(1.0).init(p.params, p.hparams)
         for result, split in zip((first, second), halves(p.split), strict=True):
-            fixed = hj.online.rtho(
-                p.inner.step, p.score, p.inner.init, decay=result.info.decay[name]
-            )
-            expected, carry = jit(fixed.estimate)(p.hparams, carry, split)
+            expected, carry = estimate(result.info.decay[name], carry, split)
             assert error(result.grad[name], expected.grad[name]) < 1e-12
     assert first.info.decay == {"l2": 0, "lr": 0}
     assert 0.05 < second.info.decay["lr"] < 0.95
@@ -234,8 +233,7 @@ def test_marthe_with_several_steps_and_hparams_is_rtho_with_its_own_decay():
 
 
 FAMILIES = {
-    "rtho": lambda p: hj.online.rtho(p.inner.step, p.score, p.inner.init),
-    "rtho, decay=0.5": lambda p: hj.online.rtho(p.inner.step, p.score, p.inner.init, decay=0.5),
+    "rtho": lambda p: hj.online.rtho(p.inner.step, p.score, p.inner.init, decay=0.9),
     "marthe": lambda p: hj.online.marthe(p.inner.step, p.score, p.inner.init),
 }
 
@@ -259,10 +257,9 @@ def test_vmap_over_hparams_is_separate_runs(name):
     estimator = FAMILIES[name](p)
 
     def twice(h):
-        carry = estimator.init(p.params, h)
-        for split in halves(p.split):
-            result, carry = estimator.estimate(h, carry, split)
-        return result
+        body = lambda carry, split: estimator.estimate(h, carry, split)[::-1]
+        splits = jax.tree.map(lambda *x: jnp.stack(x), *halves(p.split))
+        return jax.lax.scan(body, estimator.init(p.params, h), splits)[1]
 
     many = jax.tree.map(lambda x: x * jnp.asarray([0.5, 1.0, 1.5]), p.hparams)
     together = jit(jax.vmap(twice))(many)
@@ -288,7 +285,7 @@ def test_float32_stays_float32_beside_float64_hparams(name):
 
 @pytest.mark.parametrize("name", ["rtho", "marthe"])
 def test_inside_shard_map_it_is_the_same(name):
-    p, whole = problems.net("data", steps=3), problems.net(steps=3)
+    p, whole = problems.net("data", steps=2), problems.net(steps=2)
     spec = problems.shard(p.split, "data")
     replicated = jax.sharding.PartitionSpec()
 
