@@ -42,7 +42,7 @@ HEIGHTS = (0, 1, 2, 3)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description="Self-tuning optimizers on MNIST.")
     parser.add_argument("--data-dir", help="folder that holds mnist/")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()

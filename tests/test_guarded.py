@@ -89,7 +89,7 @@ def test_clipping_below_the_norm_is_the_identity_at_zero_too():
     assert error(jax.jacobian(clip)(jnp.zeros(3)), np.eye(3)) == 0
     assert error(clip(jnp.zeros(3)), np.zeros(3)) == 0
     assert error(jnp.linalg.norm(clip(jnp.asarray([3.0, 4.0]))), 1.0) < 1e-15
-    assert bool(jnp.isnan(clip(jnp.asarray([jnp.nan, 1.0]))).all())  # as optax: nothing is hidden
+    assert np.all(np.isnan(np.asarray(clip(jnp.asarray([jnp.nan, 1.0])))))  # nothing is hidden
 
 
 @pytest.mark.parametrize("name", PIECES)
@@ -150,7 +150,7 @@ def test_nudge_mends_what_has_no_guard_of_its_own(name, dtype):
 
     def value(optimizer, grads):
         params, state = cast(PARAMS), optimizer.init(cast(PARAMS))
-        for _ in range(2):
+        for _ in range(2 if name == "adopt" else 1):
             updates, state = optimizer.update(grads, state, params)
             params = optax.apply_updates(params, updates)
         return weigh(params)
@@ -170,7 +170,7 @@ def test_nudge_refuses_what_it_cannot_nudge():
     with pytest.raises(TypeError, match="nudge: float16 has no room"):
         hj.guarded.nudge(optax.sgd(0.1)).update(half, ())
     with pytest.raises(TypeError, match="nudge: `optimizer` must have functions"):
-        hj.guarded.nudge(optax.sgd)
+        hj.guarded.nudge(optax.sgd)  # pyright: ignore
 
 
 def test_what_is_finite_in_optax_is_not_wrapped():

@@ -1,5 +1,8 @@
 """Optimizers that tune themselves: hypergradient descent and the ultimate optimizer."""
 
+# optax types every state as a tree of arrays, without fields.
+# pyright: reportAttributeAccessIssue=false
+
 import io
 from importlib import resources
 
@@ -149,10 +152,10 @@ def test_tower_of_three_rates_is_the_derivative_of_the_loss_through_the_last_upd
             def present(a, before=before, last_g=last_g, t=t):
                 return loss(jax.tree.map(lambda x, u: x - a * u, before, last_g), t)
 
-            def through(k, start=start, last_slope=last_slope, present=present):
+            def present_of(k, start=start, last_slope=last_slope, present=present):
                 return present(start - k * last_slope)
 
-            slope, slope_of_middle = jax.grad(present)(rate), jax.grad(through)(middle)
+            slope, slope_of_middle = jax.grad(present)(rate), jax.grad(present_of)(middle)
         middle = middle - top * slope_of_middle
         rate = rate - middle * slope
         w = jax.tree.map(lambda x, u, r=rate: x - r * u, w, g)
@@ -204,9 +207,9 @@ def test_zero_gradients_leave_finite_hparams():
     factory, hparams = FACTORIES["adam"]
     ours = hj.online.ultimate(factory, hparams, optax.sgd(0.1))
     zero = {"w": jnp.zeros(3)}
-    state = ours.init(zero)
+    updates, state = zero, ours.init(zero)
     for _ in range(3):
-        updates, state = ours.update(zero, state, zero)
+        updates, state = jit(ours.update)(zero, state, zero)
     assert error(state.hparams, hparams) == 0
     assert error(updates, zero) == 0
 
@@ -218,7 +221,7 @@ def test_ultimate_needs_params_and_floats():
     with pytest.raises(TypeError, match="ultimate: every leaf of `hparams` must be a real"):
         hj.online.ultimate(sgd, jnp.asarray(1), optax.sgd(0.1))
     with pytest.raises(TypeError, match="ultimate: `over` must have functions `init` and `update`"):
-        hj.online.ultimate(sgd, 0.1, lambda h: optax.sgd(h))
+        hj.online.ultimate(sgd, 0.1, lambda h: optax.sgd(h))  # pyright: ignore
 
 
 def test_hypergradient_descent_refuses_what_is_out_of_range():
@@ -228,9 +231,9 @@ def test_hypergradient_descent_refuses_what_is_out_of_range():
     ):
         make(optax.identity(), -0.1, 0.1)
     with pytest.raises(ValueError, match="`rule` must be one of 'additive', 'multiplicative'"):
-        make(optax.identity(), 0.1, 0.1, rule="both")
+        make(optax.identity(), 0.1, 0.1, rule="both")  # pyright: ignore
     with pytest.raises(TypeError, match="`direction` must have functions `init` and `update`"):
-        make(optax.sgd, 0.1, 0.1)
+        make(optax.sgd, 0.1, 0.1)  # pyright: ignore
 
 
 # -------------------------------------------------------------------------------------- both

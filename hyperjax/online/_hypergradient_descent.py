@@ -64,8 +64,8 @@ def hypergradient_descent(
         return _tree.strong(state)
 
     def update(
-        updates: Params, state: HypergradientDescentState, params: Params | None = None
-    ) -> tuple[Params, HypergradientDescentState]:
+        updates: optax.Updates, state: State, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, State]:
         rate = state.learning_rate
         agreement = optax.tree.vdot(updates, state.last)
         if rule == "additive":
@@ -79,7 +79,7 @@ def hypergradient_descent(
     return optax.GradientTransformation(init, update)
 
 
-def _cosine(product: Scalar, a: Params, b: Params) -> Scalar:
+def _cosine(product: jax.typing.ArrayLike, a: Params, b: Params) -> Scalar:
     squares = optax.tree.norm(a, squared=True) * optax.tree.norm(b, squared=True)
     # Chosen before the root, whose derivative at 0 would be infinite.
     return jnp.where(squares > 0, product / jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)

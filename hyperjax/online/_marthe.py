@@ -17,7 +17,7 @@ class MartheCarry(NamedTuple):
     tangent: State  # as in RthoCarry, N rows
     newest: jax.Array  # [N]: what the last step alone contributed to the gradient
     decay: jax.Array  # [N]: mu of the last estimate
-    count: jax.Array  # [N]: the sum of mu since it was last 0
+    total: jax.Array  # [N]: the sum of mu since it was last 0
 
 
 class MartheInfo(NamedTuple):
@@ -74,7 +74,7 @@ def marthe(
         hparams = _tangents.check("marthe", hparams)
         steps = _checks.count_steps("marthe", split.train)
         carry = _tree.vary_like(carry, hparams)  # what is trained depends on them
-        decay, count = _adapt(carry, _tangents.flatten(hparams))
+        decay, total = _adapt(carry, _tangents.flatten(hparams))
         body = lambda c, batch: (
             _tangents.push(step, c[0], _tangents.decayed(decay, c[1]), hparams, batch),
             None,
@@ -92,16 +92,16 @@ def marthe(
         newest = _tangents.along(slope, own).astype(decay.dtype)
         info = MartheInfo(_tangents.unflatten(decay, hparams))
         result = Estimate(value, jax.tree.map(jnp.add, direct, indirect), info)
-        return result, MartheCarry(state, tangent, newest, decay, count)
+        return result, MartheCarry(state, tangent, newest, decay, total)
 
     return Estimator(begin, estimate)
 
 
 def _adapt(carry: MartheCarry, hparams: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The next mu and count."""
+    """The next mu and total."""
     gain = -carry.newest
     ratio = jnp.minimum(jnp.abs(hparams) / jnp.where(gain > 0, gain, 1), 1)
     # Without any gain the ratio grows beyond 1; a newest term that is not finite keeps nothing.
     z = jnp.where(gain > 0, ratio, jnp.where(gain == 0, jnp.ones_like(gain), 0))
-    count = jnp.where(carry.decay > 0, carry.count, 0) + carry.decay
-    return z ** (1 / (count + 1)), count
+    total = jnp.where(carry.decay > 0, carry.total, 0) + carry.decay
+    return z ** (1 / (total + 1)), total

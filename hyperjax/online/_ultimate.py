@@ -76,8 +76,8 @@ def ultimate(
         return _tree.strong(UltimateState(values, opt_state, over.init(values), last))
 
     def update(
-        updates: Params, state: UltimateState, params: Params | None = None
-    ) -> tuple[Params, UltimateState]:
+        updates: optax.Updates, state: State, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, State]:
         if params is None:
             raise ValueError(
                 "ultimate: `params` is None, but the derivative of an update may depend on them; "
