@@ -152,10 +152,10 @@ def test_tower_of_three_rates_is_the_derivative_of_the_loss_through_the_last_upd
             def present(a, before=before, last_g=last_g, t=t):
                 return loss(jax.tree.map(lambda x, u: x - a * u, before, last_g), t)
 
-            def present_of(k, start=start, last_slope=last_slope, present=present):
+            def present_of(k, start=start, last_slope=last_slope, present=present):  # pyright: ignore
                 return present(start - k * last_slope)
 
-            slope, slope_of_middle = jax.grad(present)(rate), jax.grad(present_of)(middle)
+            slope, slope_of_middle = jax.grad(present)(rate), jax.grad(present_of)(middle)  # pyright: ignore
         middle = middle - top * slope_of_middle
         rate = rate - middle * slope
         w = jax.tree.map(lambda x, u, r=rate: x - r * u, w, g)
