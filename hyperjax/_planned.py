@@ -53,7 +53,7 @@ def planned(
 
         forward    (1 + n) (2 S + (R - S) / 2)    1 + n
         reverse    T R + W                        3
-        every k    (T / k) S + k R + W            4
+        every k    (T / k) S + k R + W            4         and the data, unless k divides T
         binomial   sqrt(2 T) S + W                5,         W = R + 3 S for one step
 
     Tests hold the bytes to a factor of three of what XLA allocates beside inputs and outputs, and
@@ -99,9 +99,11 @@ def _forecast(step, hparams, carry, batches, steps) -> tuple[Option, ...]:
     record = _record(step, hparams, carry, batches)
     scalars = _tree.size(hparams)
     once = record + 3 * state
-    # The k of least memory; whole segments only differ by less than one record.
-    k = min(max(round(math.sqrt(steps * state / max(record, 1))), 1), steps)
-    segmented = -(-steps // k) * state + k * record + once
+    data = sum(_bytes(x) for x in jax.tree.leaves(batches))
+    # Batches are folded into whole segments, of which a rest makes a copy.
+    segments = lambda k: -(-steps // k) * state + k * record + once + (data if steps % k else 0)
+    k = min(range(1, steps + 1), key=segments)
+    segmented = segments(k)
     forward = (1 + scalars) * (2 * state + max(record - state, 0) // 2)
     options = (
         Option("forward", None, forward, 1.0 + scalars),
