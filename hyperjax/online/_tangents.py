@@ -25,7 +25,8 @@ def check(where: str, hparams: HParams) -> HParams:
             f"{where}: `hparams` has no entries, so there is nothing to estimate; pass at least "
             "one, for example {'lr': jnp.asarray(0.1)}."
         )
-    return _tree.strong(hparams)
+    hparams = _tree.strong(hparams)
+    return _tree.vary_like(hparams, hparams)  # all leaves alike, as their tangents will be
 
 
 def start(
@@ -90,7 +91,8 @@ def along(slope: Params, tangent: Tangent) -> jax.Array:
 
 def directions(hparams: HParams) -> HParams:
     """The unit directions: leaves [N, ...]."""
-    return jax.vmap(lambda row: unflatten(row, hparams))(jnp.eye(_tree.size(hparams)))
+    rows = _tree.vary_like(jnp.eye(_tree.size(hparams)), hparams)
+    return jax.vmap(lambda row: unflatten(row, hparams))(rows)
 
 
 def unflatten(row: jax.Array, hparams: HParams) -> HParams:
