@@ -4,8 +4,8 @@
 
 `compare_estimators` on two problems with real data, float32, at their initial hyperparameters:
 
-- digits: the perceptron of `hyperjax tune digits`, 60 steps, 11 hyperparameters of which learning
-  rate and momentum matter most. Expected: what differentiates the run is right and what
+- digits: the perceptron of `hyperjax tune digits`, 60 steps, nine hyperparameters of which
+  learning rate and momentum matter most. Expected: what differentiates the run is right and what
   differentiates a solution is not, since there is none yet, and is blind to the two.
 - pixels: softmax regression on the same images with one L2 penalty for each of 64 pixels, 200
   steps over the whole training set. Expected: implicit differentiation is right, for less time and

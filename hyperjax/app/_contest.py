@@ -162,7 +162,7 @@ def _plain(value: Any) -> Any:
 
 def _judge(stage: Stage, entries: list[Entry], exact: Entry) -> tuple[tuple[Row, ...], Reference]:
     reference = np.stack(exact.grads).astype(np.float64)
-    kept = np.isfinite(reference).all(1)
+    kept = np.asarray(np.isfinite(reference).all(1))
     count, name, leaves = int(kept.sum()), exact.contestant.name, _leaves(stage.raw)
     rows = tuple(_row(entry, reference, kept, leaves) for entry in entries)
     if not count:

@@ -143,8 +143,8 @@ def in_pieces(make: Callable[[Case], Estimator], pieces: int | None) -> Callable
     return run
 
 
-def remembering(make: Callable[[Case], Estimator]) -> dict[str, Callable]:
-    """Estimates from the same start, each with what the ones before remembered."""
+def remembering(make: Callable[[Case], Estimator]) -> tuple[Callable, Callable]:
+    """`run` and `prepare` of estimates from one start, each with what those before remembered."""
 
     def forget(first, carry):
         return carry._replace(carry=first.carry)
@@ -161,4 +161,4 @@ def remembering(make: Callable[[Case], Estimator]) -> dict[str, Callable]:
     def run(case: Case, memory: PyTree) -> Estimate:
         return make(case).estimate(case.raw, memory, case.split)[0]
 
-    return {"run": run, "prepare": prepare}
+    return run, prepare

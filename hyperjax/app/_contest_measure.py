@@ -147,10 +147,11 @@ def measure(stage: Stage, entries: list[Entry], draws: int) -> None:
 
 
 def _turn(stage: Stage, entry: Entry, sample: Sample, counts: bool) -> None:
-    assert entry.program is not None
+    program = entry.program
+    assert program is not None
     arguments = stage.arguments(sample)
     memory = None if entry.prepare is None else entry.prepare(*arguments)
-    call = lambda: jax.block_until_ready(entry.program(*arguments, memory))
+    call = lambda: jax.block_until_ready(program(*arguments, memory))
     if not entry.seconds:
         call()  # the first call of a program is slower
     jax.block_until_ready((arguments, memory))

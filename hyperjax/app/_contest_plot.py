@@ -70,7 +70,7 @@ def _errors(axes: "Axes", rows: list[Row], tolerance: float) -> None:
     axes.plot(clip(noise), place, "s", ms=7, mfc="white", mec=_NOISE, mew=1.8, **dots,
               label="deviation of one estimate")  # fmt: skip
     axes.plot(clip(bias), place, "o", ms=8, color=_BIAS, label="bias (line: ± s.e.)", **dots)
-    for i in np.flatnonzero(~np.isfinite(bias)):
+    for i in np.flatnonzero(~np.isfinite(bias)).tolist():
         axes.text(0.02, i, "not finite", transform=axes.get_yaxis_transform(), va="center",
                   **look.ASIDE)  # fmt: skip
     axes.axvline(tolerance, color=look.INK, lw=1.2, ls="--", label="tolerance")
@@ -95,6 +95,6 @@ def _bars(axes: "Axes", values: list, rows: list[Row], best: str | None, text) -
     axes.barh(np.arange(len(rows)), known - low, 0.62, left=low, color=colours, alpha=0.85)
     axes.set_xscale("log")
     axes.set_xlim(low, high * (high / low) ** 0.45)
-    for i in np.flatnonzero(known > 0):
+    for i in np.flatnonzero(known > 0).tolist():
         axes.text(known[i] * 1.08, i, text(known[i]), va="center", fontsize=11, color=look.INK)
     axes.tick_params(axis="x", labelbottom=False, which="both", length=0)

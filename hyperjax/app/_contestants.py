@@ -252,13 +252,13 @@ CONTESTANTS: tuple[Contestant, ...] = (
     Contestant(
         "warm start, cg",
         "warm_start(implicit(..., solve=cg(maxiter=5)), score, init)",
-        **remembering(_warm),
+        *remembering(_warm),
         note=f"{_SOLUTION}; estimate {ROUNDS} in a row at the same hyperparameters",
     ),
     Contestant(
         "amortize, nystrom cg",
         "amortize(implicit(...), ..., preconditioner=nystrom_preconditioner(key, rank))",
-        **remembering(_amortized),
+        *remembering(_amortized),
         note=f"{_SOLUTION}; estimate {ROUNDS} in a row, between two refreshes",
     ),
     Contestant(
