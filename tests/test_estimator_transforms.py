@@ -172,7 +172,16 @@ def _(name):
 
 # ------------------------------------------------------------------------------- the table
 
-REFUSED: dict[tuple[str, str], tuple[type[Exception], str]] = {}
+TWICE = "reversible: there are no second derivatives through integers"
+REFUSED = {
+    (label, "reversible"): (TypeError, TWICE)
+    for label in (
+        "`grad` of `Estimate.value`",
+        "`jvp` of `Estimate.value`",
+        "`jacfwd` of `Estimate.grad`",
+        "`jacrev` of `Estimate.grad`",
+    )
+}
 UNDEFINED = {
     (label, "score_function"): "no derivative"
     for label in ("`grad` of `Estimate.value`", "`jvp` of `Estimate.value`")
@@ -183,13 +192,19 @@ HEAD = """\
 
 Written by `python tests/test_estimator_transforms.py --write`: every cell is a run on a ridge
 regression in float64, and a test fails when this page is not what the runs give. "Exact" is a
-relative error below 1e-10. The gradients of `reverse`, `forward`, `implicit`, `warm_start`,
-`amortize` and `rtho` are compared with the closed form, as are all derivatives of `Estimate.value`;
-the others with what the same estimator gives without the transformation, and their Jacobians in
-one mode with those in the other. Responses have [a table of their own](transforms.md).
+relative error below 1e-10. Up to `rtho`, gradients are compared with the closed form, as are all
+derivatives of `Estimate.value`; `marthe` and the evolutionary ones with what the same estimator
+gives without the transformation, and their Jacobians in one mode with those in the other.
+Responses have [a table of their own](transforms.md). "Refused" means that it raises while JAX
+traces, never that a number is wrong.
 
 """
-TAIL = ""
+TAIL = """
+`reverse`, `forward` and `implicit` are `hypergradient` in these modes and with that response,
+`reversible` is `hypergradient` with the response of that name: the derivative of an estimate is a
+second derivative, which training in integers does not have. `unroll(step, checkpoint="binomial")`
+has it.
+"""
 
 TABLE = Table(
     DOCS / "estimator_transforms.md",
