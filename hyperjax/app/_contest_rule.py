@@ -138,7 +138,7 @@ def recommend(rows: Sequence[Row], tolerance: float) -> Recommendation:
         return Recommendation(best.name, reason, rule)
     least = min(sound, key=lambda r: _accuracy(r).bias)
     found = _accuracy(least)
-    why = "none has a bias below the tolerance and sees every hyperparameter"
+    why = "none was seen to reach the tolerance for every hyperparameter"
     reason = f"{why}; its bias of {found.bias:.2g} ± {found.bias_error:.1g} is the least"
     if found.blind:
         reason += f", though it is blind to {', '.join(found.blind)}"
