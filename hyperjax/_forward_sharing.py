@@ -114,7 +114,7 @@ def _train(step, hparams, state, batches, ends, clip):
         along = jax.tree.map(functools.partial(_pad, front=tangents[0].shape[0]), _units(active))
         tangents = [_pad(z, back=scalars) for z in tangents]
 
-        def body(t, carry, active=active, along=along):
+        def body(t, carry: tuple, active=active, along=along) -> tuple:
             state, tangents, largest = carry
             batch = _tree.take(batches, t)
             state, tangents = _push(step, state, tangents, active, along, batch)

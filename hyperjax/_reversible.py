@@ -1,29 +1,10 @@
 """Training that can be run backwards: reverse mode without a trajectory.
 
-Gradient descent with momentum,
-
-    u' = m u + g(w),    w' = w - r u',
-
-is undone by w = w' + r u', u = (u' - g(w)) / m, but not in floating point: rounding loses digits
-and dividing by m < 1 magnifies the loss exponentially (Maclaurin, Duvenaud and Adams 2015, arXiv
-1502.03492). Here w and u are integers in units of 2^-fraction. Adding an integer is undone
-exactly; only the product with m loses something, log2(1 / m) bits per entry and step. They are
-kept in a second integer b per entry, by a map that is undone exactly as well and is close to
-
-    (u, b) -> (m u, b / m).
-
-It has determinant one, and is therefore a product of shears, each of which adds to one of the two
-a rounded multiple of the other and is undone by subtracting the same. With x = 1 - m:
-
-    b += u;    u -= [x b];    b -= u + [(x / m) u];    u += [m x b]        ([.]: rounded down)
-
-The paper instead takes the digits of b in place of those that u loses, which leaves an error of
-the size of the denominator of m, too much for 32 bits; here u is m u within two units. Rounding
-errors make b grow as b' = (b + 1) / m + 1 at most; before that overflows, another word is begun.
+Gradient descent with momentum is undone step by step, on integers (`_integers`), from the end of
+training to its beginning; on the way each step is differentiated at the state that it really had.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _checks, _tree
+from . import _integers as integers
 from ._treeverse import inexact, spread, step_vjp
 from ._types import Batches, Estimate, HParams, Loss, Params, PyTree, Response, Split
 
@@ -42,7 +24,7 @@ Schedule = Callable[[HParams, jax.Array], PyTree]
 class ReversibleState(NamedTuple):
     params: Params
     velocity: Params
-    count: jax.Array  # steps so far, int32
+    steps: jax.Array  # so far, int32
 
 
 class ReversibleInfo(NamedTuple):
@@ -177,21 +159,21 @@ class ReversibleResponse:
         # The flags vary as the carry does, and with them whatever they turn into NaN.
         hparams, batches = _tree.vary_like((hparams, batches), carry)
         leaves, structure = jax.tree.flatten(carry.params)
-        grids = [_grid(x.dtype, self.fraction) for x in leaves]
-        words = max(-(-steps // _steps_per_word(g, self.least_momentum)) for g in grids)
+        grids = [integers.make_grid(x.dtype, self.fraction) for x in leaves]
+        words = max(-(-steps // integers.steps_per_word(g, self.least_momentum)) for g in grids)
 
         first = jax.tree.map(lambda x: x[0], batches)
         gradient, for_gradient = jax.closure_convert(self.gradient, carry.params, hparams, first)
         on_leaves = lambda w, *rest: jax.tree.leaves(gradient(structure.unflatten(w), *rest))
         paced = lambda h, t: self.pace(h, t, carry.params)
-        pace, for_pace = jax.closure_convert(paced, hparams, carry.count)
+        pace, for_pace = jax.closure_convert(paced, hparams, carry.steps)
 
         run = _Run(on_leaves, pace, grids, self.least_momentum, steps, words).reversing()
         rest = (hparams, batches, _tree.vary_like((for_gradient, for_pace), carry))
         velocity = jax.tree.leaves(carry.velocity)
-        leaves, velocity = run(leaves, velocity, receipt, carry.count, rest)
+        leaves, velocity = run(leaves, velocity, receipt, carry.steps, rest)
         params = structure.unflatten(leaves)
-        return params, ReversibleState(params, structure.unflatten(velocity), carry.count + steps)
+        return params, ReversibleState(params, structure.unflatten(velocity), carry.steps + steps)
 
 
 def _blank(hparams, carry):
@@ -203,7 +185,7 @@ class _Run(NamedTuple):
 
     gradient: Callable
     pace: Callable
-    grids: list["_Grid"]
+    grids: list[integers.Grid]
     least_momentum: float
     steps: int
     words: int
@@ -236,11 +218,11 @@ class _Run(NamedTuple):
     def each(self, function: Callable, *lists: list) -> list:
         return [function(*x) for x in zip(self.grids, *lists, strict=True)]
 
-    def enter(self, leaves, velocity) -> list["_Entry"]:
-        return self.each(functools.partial(_enter, self.words), leaves, velocity)
+    def enter(self, leaves, velocity) -> list[integers.Entry]:
+        return self.each(functools.partial(integers.enter, self.words), leaves, velocity)
 
     def params(self, entries) -> list[jax.Array]:
-        return self.each(lambda grid, x: _to_float(grid, x.w), entries)
+        return self.each(lambda grid, x: integers.to_float(grid, x.w), entries)
 
     def word(self, t):
         """Which word of `lost` step t uses."""
@@ -256,17 +238,17 @@ def _forward(run, leaves, velocity, receipt, count, rest):
         t, batch = now
         rates, momenta = _alone(run.pace, hparams, count + t, *for_pace)
         grads = _alone(run.gradient, run.params(entries), hparams, batch, *for_gradient)
-        step = functools.partial(_step, run.least_momentum, run.word(t))
+        step = functools.partial(integers.step, run.least_momentum, run.word(t))
         entries, fit = zip(*run.each(step, entries, grads, rates, momenta), strict=True)
         return (list(entries), _all([fits, *fit])), None
 
     entries = run.enter(leaves, velocity)
     finite = [jnp.all(jnp.isfinite(x)) for x in (*leaves, *velocity)]
-    fits = _all([*finite, *run.each(_inside, entries)])
+    fits = _all([*finite, *run.each(integers.inside, entries)])
     (entries, fits), _ = lax.scan(
         body, (entries, fits), (jnp.arange(run.steps, dtype=jnp.int32), batches)
     )
-    out = run.params(entries), run.each(lambda grid, x: _to_float(grid, x.u), entries)
+    out = run.params(entries), run.each(lambda grid, x: integers.to_float(grid, x.u), entries)
     return _unless(fits, out), ((entries, fits), (leaves, velocity, count, rest))
 
 
@@ -283,15 +265,17 @@ def _backward(run, residuals, cotangents):
         entries, (dw, du), totals = state
         t, batch = now
         rates, momenta = _alone(run.pace, hparams, count + t, *for_pace)
-        after, entries = entries, run.each(_unmove, entries, rates)
+        after, entries = entries, run.each(integers.unmove, entries, rates)
         w = run.params(entries)
         grads = _alone(run.gradient, w, hparams, batch, *for_gradient)
-        entries = run.each(functools.partial(_unpush, run.word(t)), entries, grads, momenta)
-        du, dr, dm = zip(*run.each(_pull, dw, du, entries, after, rates, momenta), strict=True)
+        entries = run.each(functools.partial(integers.unpush, run.word(t)), entries, grads, momenta)
+        du, dr, dm = zip(
+            *run.each(integers.pull, dw, du, entries, after, rates, momenta), strict=True
+        )
         now = (count + t, batch)
         through = step_vjp(field, w, hparams, now, consts, [*du, *dr, *dm])
         dw = jax.tree.map(jnp.add, dw, through[0])
-        du = run.each(lambda grid, x, m: x * _as_used(grid, m), list(du), momenta)
+        du = run.each(lambda grid, x, m: x * integers.as_used(grid, m), list(du), momenta)
         totals = jax.tree.map(jnp.add, totals, (through[1], through[3]))
         return (entries, (dw, du), totals), through[2]
 
@@ -323,146 +307,3 @@ def _all(flags) -> jax.Array:
 def _unless(flag, tree):
     """`tree`, or NaN where the flag is down."""
     return jax.tree.map(lambda x: jnp.where(flag, x, jnp.nan), tree)
-
-
-# --------------------------------------------------------------- integers for one leaf
-
-
-class _Grid(NamedTuple):
-    """Numbers of a type as integers in units of 2^-fraction."""
-
-    signed: jnp.dtype
-    unsigned: jnp.dtype
-    floating: jnp.dtype
-    half: int  # half the bits of a word
-    fraction: int
-
-
-class _Entry(NamedTuple):
-    """The state of one leaf: integers."""
-
-    w: jax.Array
-    u: jax.Array
-    lost: jax.Array  # [words, *shape]: what multiplying u with momenta would have lost
-
-
-def _grid(dtype, fraction: int | None) -> _Grid:
-    if dtype == jnp.float32:
-        return _Grid(jnp.int32, jnp.uint32, dtype, 16, 25 if fraction is None else fraction)
-    if dtype == jnp.float64:
-        return _Grid(jnp.int64, jnp.uint64, dtype, 32, 52 if fraction is None else fraction)
-    raise TypeError(
-        f"reversible: leaves of params must be float32 or float64; got {dtype}. Convert them with "
-        "`jnp.asarray(x, jnp.float32)`."
-    )
-
-
-def _steps_per_word(grid: _Grid, least_momentum: float) -> int:
-    """How many steps keep b, which starts at zero and grows as b' = (b + 1) / m + 1, in range."""
-    bound, steps = 0.0, 0
-    least = math.floor(least_momentum * 2**grid.half) / 2**grid.half
-    while (bound := (bound + 1) / least + 1) < _limit(grid):
-        steps += 1
-    return steps
-
-
-def _limit(grid: _Grid) -> int:
-    return 2 ** (2 * grid.half - 2)  # two such numbers can be added
-
-
-def _to_float(grid, x):
-    return x.astype(grid.floating) * 2.0**-grid.fraction
-
-
-def _to_int(grid, x):
-    return jnp.round(x).astype(grid.signed)
-
-
-def _enter(words, grid, w, u) -> _Entry:
-    lost = _tree.vary_like(jnp.zeros((words, *w.shape), grid.signed), w)
-    units = lambda x: _to_int(grid, x * 2.0**grid.fraction)
-    return _Entry(units(w), units(u), lost)
-
-
-def _inside(grid, entry) -> jax.Array:
-    return jnp.all(jnp.abs(entry.w) < _limit(grid)) & jnp.all(jnp.abs(entry.u) < _limit(grid))
-
-
-def _step(least, word, grid, entry, grad, rate, momentum) -> tuple[_Entry, jax.Array]:
-    """The entry after one step, and whether all numbers stayed in their range."""
-    n = _numerator(grid, momentum)
-    u, b = _multiply(grid, entry.u, entry.lost[word], n)
-    push = grad * 2.0**grid.fraction
-    u = u + _to_int(grid, push)
-    move = rate * u.astype(grid.floating)
-    after = _Entry(entry.w - _to_int(grid, move), u, entry.lost.at[word].set(b))
-    # Written so that NaN fails.
-    small = jnp.all(jnp.abs(push) < _limit(grid)) & jnp.all(jnp.abs(move) < _limit(grid))
-    allowed = jnp.all((math.floor(least * 2**grid.half) <= n) & (n <= 2**grid.half))
-    return after, small & allowed & _inside(grid, after)
-
-
-def _unmove(grid, entry, rate) -> _Entry:
-    return entry._replace(w=entry.w + _to_int(grid, rate * entry.u.astype(grid.floating)))
-
-
-def _unpush(word, grid, entry, grad, momentum) -> _Entry:
-    u = entry.u - _to_int(grid, grad * 2.0**grid.fraction)
-    u, b = _divide(grid, u, entry.lost[word], _numerator(grid, momentum))
-    return entry._replace(u=u, lost=entry.lost.at[word].set(b))
-
-
-def _pull(grid, dw, du, before, after, rate, momentum):
-    """Cotangents of the velocity after the step, of rate and of momentum."""
-    du = du - rate * dw
-    shaped = lambda x, like: x if jnp.ndim(like) else jnp.sum(x)
-    dr = shaped(-dw * _to_float(grid, after.u), rate)
-    return du, dr, shaped(du * _to_float(grid, before.u), momentum)
-
-
-def _numerator(grid, momentum):
-    return _to_int(grid, momentum * 2.0**grid.half)
-
-
-def _as_used(grid, momentum):
-    return _numerator(grid, momentum).astype(grid.floating) * 2.0**-grid.half
-
-
-def _multiply(grid, u, b, n):
-    """(u, b) to nearly (m u, b / m), m = n / 2^half: see the top of the file."""
-    x, x_by_m, m_by_x = _shears(grid, n)
-    b = b + u
-    u = u - _scaled(grid, b, x)
-    b = b - u - _scaled(grid, u, x_by_m)
-    return u + _scaled(grid, b, m_by_x), b
-
-
-def _divide(grid, u, b, n):
-    """The inverse of `_multiply`, for any integers."""
-    x, x_by_m, m_by_x = _shears(grid, n)
-    u = u - _scaled(grid, b, m_by_x)
-    b = b + u + _scaled(grid, u, x_by_m)
-    u = u + _scaled(grid, b, x)
-    return u, b - u
-
-
-def _shears(grid, n):
-    """x, x / m and m x in units of 2^-(2 half), for x = 1 - m; exact but for x / m."""
-    one = 1 << grid.half
-    n = jnp.clip(n, one // 2, one).astype(grid.unsigned)
-    x = jnp.asarray(one, grid.unsigned) - n
-    high, rest = (x << grid.half) // n, (x << grid.half) % n
-    x_by_m = (high << grid.half) | ((rest << grid.half) // n)
-    most = ~jnp.zeros((), grid.unsigned)  # x / m = 1 would be one more than fits
-    return x << grid.half, jnp.where(x < n, x_by_m, most), n * x
-
-
-def _scaled(grid, y, factor):
-    """floor(y * factor / 2^(2 half)), by long multiplication with half words."""
-    half, mask = grid.half, (1 << grid.half) - 1
-    y_high, y_low = y >> half, (y & mask).astype(grid.unsigned)
-    f_high, f_low = factor >> half, factor & mask
-    signed = lambda x: x.astype(grid.signed)
-    middle = y_low * f_high + (y_low * f_low >> half)
-    low = y_high * signed(f_low) + signed(middle & mask)
-    return y_high * signed(f_high) + signed(middle >> half) + (low >> half)

@@ -173,7 +173,7 @@ def _(name):
 # ------------------------------------------------------------------------------- the table
 
 TWICE = "reversible: there are no second derivatives through integers"
-REFUSED = {
+REFUSED: dict[tuple[str, str], tuple[type[Exception], str]] = {
     (label, "reversible"): (TypeError, TWICE)
     for label in (
         "`grad` of `Estimate.value`",

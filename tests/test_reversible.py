@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from problems import error, jit
 
 import hyperjax as hj
-from hyperjax import _reversible as inside
+from hyperjax import _integers as inside
 
 # ----------------------------------------------------------------------- the arithmetic
 
@@ -21,14 +21,14 @@ from hyperjax import _reversible as inside
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("momentum", [0.5, 0.75 + 2.0**-16, 0.9, 0.999, 1.0])
 def test_products_with_momentum_are_undone(dtype, momentum):
-    grid = inside._grid(jnp.dtype(dtype), None)
-    rng, limit = np.random.default_rng(0), inside._limit(grid)
+    grid = inside.make_grid(jnp.dtype(dtype), None)
+    rng, limit = np.random.default_rng(0), inside.limit(grid)
     corners = np.asarray([-limit + 1, -1, 0, 1, limit - 1])
     u, b = (np.concatenate([corners, rng.integers(-limit + 1, limit, 3000)]) for _ in range(2))
     u, b = jnp.asarray(u, grid.signed), jnp.asarray(rng.permutation(b), grid.signed)
-    n = inside._numerator(grid, jnp.asarray(momentum, dtype))
-    u2, b2 = inside._multiply(grid, u, b, n)
-    back = inside._divide(grid, u2, b2, n)
+    n = inside.numerator(grid, jnp.asarray(momentum, dtype))
+    u2, b2 = inside.multiply(grid, u, b, n)
+    back = inside.divide(grid, u2, b2, n)
     assert jnp.all(back[0] == u) and jnp.all(back[1] == b)
     # In exact integers: |u2 - m u| < 2 and the bound on the growth of b, of the docstring.
     m, one = int(n), 2**grid.half
@@ -39,20 +39,20 @@ def test_products_with_momentum_are_undone(dtype, momentum):
 
 def test_what_is_kept_fits_its_word_for_the_steps_promised():
     # The worst case that is met: random u, the least momentum, as many steps as one word takes.
-    grid = inside._grid(jnp.dtype("float32"), None)
-    n = inside._numerator(grid, jnp.float32(0.9))
-    steps = inside._steps_per_word(grid, 0.9)
+    grid = inside.make_grid(jnp.dtype("float32"), None)
+    n = inside.numerator(grid, jnp.float32(0.9))
+    steps = inside.steps_per_word(grid, 0.9)
 
     def body(b, key):
         u = jax.random.randint(key, b.shape, -(2**29), 2**29, jnp.int32)
-        return inside._multiply(grid, u, b, n)[1], None
+        return inside.multiply(grid, u, b, n)[1], None
 
     b, _ = jax.lax.scan(
         body, jnp.zeros(1000, jnp.int32), jax.random.split(jax.random.key(0), steps)
     )
     largest = int(jnp.max(jnp.abs(b)))
     # b grows by 1 / 0.9 a step: within the word, and with at most six bits of it unused.
-    assert inside._limit(grid) / 64 < largest < inside._limit(grid)
+    assert inside.limit(grid) / 64 < largest < inside.limit(grid)
 
 
 # ------------------------------------------------------------------------ training
@@ -125,7 +125,7 @@ def test_training_is_undone_bit_for_bit_and_the_gradient_is_that_of_unroll(dtype
     assert error(result.grad, expected.grad) < tolerance
     assert error(carry.params, trained.params) < tolerance
     assert all(x.dtype == dtype for x in jax.tree.leaves((result.value, result.grad, carry.params)))
-    assert carry.count == steps
+    assert carry.steps == steps
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
@@ -160,7 +160,7 @@ def schedules(problem, reversible):
         else:
             state = hj.InnerState((start, velocity, 0), ())
             (p, u, _), _ = hj.unroll(step)(h, state, batches)
-            end = hj.ReversibleState(p, u, None)
+            end = hj.ReversibleState(p, u, jnp.zeros(()))
         # What comes out beside the params has a derivative too.
         return score(p, h, split.valid) + optax.tree.sum(jax.tree.map(jnp.sin, end.velocity))
 
@@ -170,7 +170,7 @@ def schedules(problem, reversible):
 @functools.cache
 def scheduled(steps=150):
     """More steps than a word takes at 0.6: two words."""
-    assert steps > inside._steps_per_word(inside._grid(jnp.dtype("float64"), None), 0.6)
+    assert steps > inside.steps_per_word(inside.make_grid(jnp.dtype("float64"), None), 0.6)
     problem = net((3, 4, 2), jnp.float64, steps)
     rng = np.random.default_rng(1)
     h = values(
@@ -218,13 +218,13 @@ def test_closures_have_gradients():
         noisy = lambda batch: (batch[0] + 0.1 * jax.random.normal(batch[2], (16, 3)), batch[1])
         closed = lambda p, h, batch: loss(p, {"l2": l2}, noisy(batch))
         if reversible:
-            train = hj.reversible(closed, lambda h, t: rate, lambda h, t: 0.90625)
+            init, respond = hj.reversible(closed, lambda h, t: rate, lambda h, t: 0.90625)
         else:
-            train = hj.inner(closed, lambda h: optax.sgd(rate, 0.90625))
-        respond = train.response if reversible else hj.unroll(train.step)
+            init, step = hj.inner(closed, lambda h: optax.sgd(rate, 0.90625))
+            respond = hj.unroll(step)
         h = jnp.asarray(0.0)
         batches = (*split.train, jax.random.split(jax.random.key(0), 20))
-        return score(respond(h, train.init(params, h), batches)[0], h, split.valid)
+        return score(respond(h, init(params, h), batches)[0], h, split.valid)
 
     got, expected = (
         jit(jax.grad(value, argnums=(0, 1)), static_argnums=2)(1e-3, 0.03, r) for r in (True, False)
@@ -264,7 +264,7 @@ def test_tuning_in_a_scan_goes_on_from_the_carry():
     assert jax.tree.all(jax.tree.map(lambda x, y: same(jax.typeof(x), y), state, shapes))
     state, metrics = jit(functools.partial(hj.run, tuner))(state, problems.repeat(split, 3))
     assert jnp.all(metrics.finite) and jnp.all(metrics.info.recovered)
-    assert state.carry.count == 30
+    assert state.carry.steps == 30
     # Each estimate saw its own part of the schedule.
     moved = state.hparams["rate"] != h["rate"]
     assert jnp.all(moved[:30]) and not jnp.any(moved[30:])
@@ -295,7 +295,9 @@ def test_memory_does_not_grow_with_the_number_of_steps():
     def temp(steps):
         batches = hj.Split(jnp.zeros(steps, jnp.float32), split.valid)
         lowered = jit(estimator.estimate).lower(h, estimator.init(params, h), batches)
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        memory = lowered.compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     few, many = temp(100), temp(10_000)
     assert many - few <= 8 * 9_900  # a number or two per step, no states
@@ -380,9 +382,9 @@ def test_params_out_of_range_are_nan(start, fits):
 
 def test_a_backward_run_that_goes_astray_is_nan_and_reported(monkeypatch):
     # As if a gradient came out differently the second time, in its last bit.
-    unpush = inside._unpush
+    unpush = inside.unpush
     wrong = lambda word, grid, entry, grad, m: unpush(word, grid, entry, grad * (1 + 1e-15), m)
-    monkeypatch.setattr(inside, "_unpush", wrong)
+    monkeypatch.setattr(inside, "unpush", wrong)
     problem = net((3, 4, 2), jnp.float64, 50)
     result, _ = jit(lambda h: reversed_run(problem, h))(values(jnp.float64, rate=0.01))
     assert result.info.fits and not result.info.recovered
@@ -409,7 +411,7 @@ def test_forward_mode_is_refused():
 @pytest.mark.parametrize("least", [0.49, 1.0, "0.9", True])
 def test_bounds_that_make_no_sense_are_refused(least):
     with pytest.raises(ValueError, match=r"`least_momentum` must be in \[0.5, 1\); got"):
-        hj.reversible(lambda p, h, b: 0.0, RATE, MOMENTUM, least_momentum=least)
+        hj.reversible(lambda p, h, b: jnp.zeros(()), RATE, MOMENTUM, least_momentum=least)
 
 
 def test_types_and_shapes_are_refused():
