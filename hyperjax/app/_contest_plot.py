@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BIAS, _NOISE, _BEST = look.PALETTE[1], look.PALETTE[0], look.PALETTE[2]
-_LEAST = 1e-8  # of the reference: what lies below is rounding, drawn at the edge
+_LEAST = 1e-4  # of the reference: nobody tunes so exactly, so what is below is at the edge
 _MOST = 1e3
 
 
@@ -39,7 +39,7 @@ def _figure(found: Comparison) -> "Figure":
     _bars(panels[1], [row.cost and row.cost.seconds for row in rows], rows, best, duration)
     _bars(panels[2], [row.cost and row.cost.bytes for row in rows], rows, best, quantity)
     panels[1].set_title("time of one estimate")
-    panels[2].set_title("temporary memory")
+    panels[2].set_title("memory (dashed: budget)" if found.budget else "temporary memory")
     if found.budget is not None:
         panels[2].axvline(found.budget, color=look.INK, lw=1.2, ls="--")
     panels[0].set_yticks(range(len(rows)), [look.short(row.name, 30) for row in rows])
@@ -78,7 +78,7 @@ def _errors(axes: "Axes", rows: list[Row], tolerance: float) -> None:
     shown = clip(np.concatenate([bias, bias + error, noise, [tolerance, 1.0]]))
     shown = shown[np.isfinite(shown)]
     axes.set_xlim(shown.min() / 2, shown.max() * 2)
-    edge = " (below 1e-8: at the edge)" if shown.min() <= _LEAST else ""
+    edge = " (below 1e-4: at the edge)" if shown.min() <= _LEAST else ""
     axes.set_xlabel(f"error, in units of the reference gradient{edge}")
     place_above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.995)}
     axes.legend(ncols=3, columnspacing=1.2, handletextpad=0.3, borderpad=0.1, **place_above)
@@ -95,6 +95,9 @@ def _bars(axes: "Axes", values: list, rows: list[Row], best: str | None, text) -
     axes.barh(np.arange(len(rows)), known - low, 0.62, left=low, color=colours, alpha=0.85)
     axes.set_xscale("log")
     axes.set_xlim(low, high * (high / low) ** 0.45)
+    under = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # hides lines behind
     for i in np.flatnonzero(known > 0).tolist():
-        axes.text(known[i] * 1.08, i, text(known[i]), va="center", fontsize=11, color=look.INK)
+        axes.text(
+            known[i] * 1.08, i, text(known[i]), va="center", fontsize=11, color=look.INK, bbox=under
+        )
     axes.tick_params(axis="x", labelbottom=False, which="both", length=0)

@@ -106,8 +106,9 @@ def footnotes(found: Comparison) -> list[str]:
     lines = []
     if reference.finite:
         lines.append(
-            f"bias, deviation: in units of the reference, the mean of {reference.name}, whose own "
-            f"standard error is {number(reference.error)}; enough: estimates, and their time, "
+            f"bias, deviation: in units of the reference, the mean of {reference.name}, whose norm "
+            f"is {number(reference.norm)} and whose standard error is {number(reference.error)} of "
+            f"that; enough: estimates, and their time, "
             f"until the error is {found.tolerance:g}"
         )
     if reference.finite < found.draws:
@@ -124,22 +125,22 @@ def footnotes(found: Comparison) -> list[str]:
         if row.accuracy is not None and row.accuracy.bias_error > found.tolerance / 2
     ]  # fmt: skip
     if unsure:
-        lines.append(f"take more draws to see the bias of: {', '.join(unsure)}")
+        lines.append(f"take more draws to see the bias of: {' / '.join(unsure)}")
     if not reference.error <= found.tolerance and reference.finite:
         lines.append("the reference is uncertain itself: take more draws")
     best = found.recommendation
     calls = {row.name: row.call for row in found.rows}
     choice = "none" if best.name is None else f"{best.name}, `{calls[best.name]}`"
-    return [*lines, f"recommended: {choice}: {best.reason}", f"rule: {best.rule}"]
+    return [*lines, f"rule: {best.rule}", f"recommended: {choice}: {best.reason}"]
 
 
 def _grouped(prefix: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
-    """`prefix names: text` for every text that is not empty, in order."""
+    """`prefix name / name: text` for every text that is not empty, in order."""
     groups: dict[str, list[str]] = {}
     for text, name in pairs:
         if text:
             groups.setdefault(text, []).append(name)
-    return [f"{prefix}{', '.join(names)}: {text}" for text, names in groups.items()]
+    return [f"{prefix}{' / '.join(names)}: {text}" for text, names in groups.items()]
 
 
 def _note(row: Row) -> str:
