@@ -51,7 +51,7 @@ def number(where: str, name: str, value, *, positive: bool = False) -> None:
     if isinstance(value, jax.Array):
         return
     fault = isinstance(value, bool) or not isinstance(value, int | float)
-    if fault or not (0 < value if positive else 0 <= value) or value == float("inf"):
+    if fault or not (value > 0 if positive else value >= 0) or value == float("inf"):
         bound = "positive" if positive else ">= 0"
         raise ValueError(f"{where}: `{name}` must be a finite number, {bound}; got {value!r}.")
 

@@ -114,17 +114,18 @@ def _train(step, hparams, state, batches, ends, clip):
         along = jax.tree.map(functools.partial(_pad, front=tangents[0].shape[0]), _units(active))
         tangents = [_pad(z, back=scalars) for z in tangents]
 
-        def body(t, carry: tuple, active=active, along=along) -> tuple:
-            state, tangents, largest = carry
-            batch = _tree.take(batches, t)
-            state, tangents = _push(step, state, tangents, active, along, batch)
-            for z in tangents:
-                largest = jnp.maximum(largest, jnp.max(jnp.abs(z), initial=0).astype(largest.dtype))
-            if clip is not None:
-                tangents = [jnp.clip(z, -clip, clip) for z in tangents]
-            return state, tangents, largest
-
+        body = functools.partial(_body, step, batches, clip, active, along)
         state, tangents, largest = lax.fori_loop(start, stop, body, (state, tangents, largest))
+    return state, tangents, largest
+
+
+def _body(step, batches, clip, hparams, along, t, carry):
+    state, tangents, largest = carry
+    state, tangents = _push(step, state, tangents, hparams, along, _tree.take(batches, t))
+    for z in tangents:
+        largest = jnp.maximum(largest, jnp.max(jnp.abs(z), initial=0).astype(largest.dtype))
+    if clip is not None:
+        tangents = [jnp.clip(z, -clip, clip) for z in tangents]
     return state, tangents, largest
 
 

@@ -1,5 +1,7 @@
 """What an implicit hypergradient says about itself, and what it remembers."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +51,7 @@ def test_bound_holds_and_shrinks_with_the_inner_error():
         bounds.append(float(result.info.bound))
     assert all(e <= b for e, b in zip(errors, bounds, strict=True))
     # Training contracts by one half a step at least, and the bound is linear in what is left.
-    assert all(b2 < 0.75 * b1 for b1, b2 in zip(bounds, bounds[1:], strict=False))
+    assert all(b2 < 0.75 * b1 for b1, b2 in itertools.pairwise(bounds))
     assert errors[0] > 1e-2
     # Worst directions and norms in place of the actual ones cost two orders of magnitude at most.
     assert all(b < 100 * e for e, b in zip(errors, bounds, strict=True))
@@ -158,7 +160,7 @@ def test_complex_params_are_refused():
     response = hj.implicit(train, lambda w, h, b: w - h)
     e = hj.hypergradient(response, lambda w, h, b: jnp.sum(jnp.abs(w)), lambda p, h: p)
     h, w = jnp.ones(2), jnp.ones(2, complex)
-    with pytest.raises(TypeError, match="implicit: every leaf of `params`.*complex128"):
+    with pytest.raises(TypeError, match=r"implicit: every leaf of `params`.*complex128"):
         e.estimate(h, e.init(w, h), hj.Split(jnp.arange(1), None))
 
 

@@ -230,7 +230,7 @@ def test_page_is_written_from_the_table():
 
 @pytest.mark.parametrize("name", COLUMNS)
 def test_vmap_over_many_settings_traces_the_loss_no_more_than_one(name):
-    # What is compiled for 64 settings is one program, in which the loss appears as often as for one.
+    # What is compiled for 64 settings is one program with as many copies of the loss as for one.
     traces = []
     plain = problems.ridge(steps=3)
 

@@ -10,8 +10,8 @@ from .. import _tree
 from .._estimators import hypergradient
 from .._implicit import implicit, root_vjp
 from .._inner import InnerState, stationary
-from ..linsolve import cg
 from .._unroll import unroll
+from ..linsolve import cg
 from ..tasks import Task
 from ._check_finite import Doctor, Finding
 from ._check_gradient import GradientReport, check_gradient

@@ -14,9 +14,9 @@ import optax
 from .._estimators import hypergradient
 from .._implicit import implicit
 from .._inner import inner, stationary
-from ..linsolve import cg
 from .._types import Split
 from .._unroll import unroll
+from ..linsolve import cg
 from ..tasks._data import VARIABLE
 from ._check_problem import first_line
 from ._grid import grid, quantity

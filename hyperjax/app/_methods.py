@@ -12,11 +12,11 @@ from .._estimators import hypergradient, score_only
 from .._hypernet import gated
 from .._implicit import implicit
 from .._inner import inner, stationary
-from ..linsolve import cg
 from .._population import PopulationState, population
 from .._tuner import TunerState, tune
 from .._types import Batch, Batches, Estimator, Exchange, HParams, Key, Params, Tuner
 from .._unroll import unroll
+from ..linsolve import cg
 from ..tasks import Task
 from ._settings import Settings
 

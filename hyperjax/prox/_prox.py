@@ -1,8 +1,8 @@
 """Kinks and constraints that have a closed form.
 
 prox(v, hparams, rate) = argmin over w of |w - v|^2 / 2 + rate penalty(w, hparams). Weights are
-functions of hparams and return a scalar, or a tree like params, against which they broadcast leaf by
-leaf. Parikh and Boyd 2014, Proximal Algorithms, sections 6.2 and 6.5.
+functions of hparams and return one array, or a tree like params, that broadcasts to each leaf.
+Parikh and Boyd 2014, Proximal Algorithms, sections 6.2 and 6.5.
 """
 
 from collections.abc import Callable
