@@ -27,8 +27,8 @@ def inner(loss: Loss, optimizer: Callable[[HParams], optax.GradientTransformatio
 
     The optimizer is rebuilt from the hyperparameters inside every traced step, so that learning
     rates, momenta and decays have derivatives and vmap like everything else:
-    `inner(loss, lambda h: optax.adam(h["lr"], eps_root=1e-8))`. Without `eps_root` the derivative
-    of Adam is NaN wherever a gradient entry is exactly zero.
+    `inner(loss, lambda h: guarded.adam(h["lr"]))`. The derivative of plain `optax.adam` is NaN
+    wherever a gradient entry is exactly zero; `hyperjax.guarded` has what optax lacks there.
 
     Randomness belongs in the batch (a PRNG key is a leaf), so that a step is deterministic.
 
