@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._types import Batches, PyTree
 
@@ -46,14 +47,28 @@ def positive_int(where: str, name: str, value, *, least: int = 1) -> int:
     return value
 
 
-def number(where: str, name: str, value, *, positive: bool = False) -> None:
-    """A finite `value` >= 0, or > 0; what is traced cannot be looked at and passes."""
-    if isinstance(value, jax.Array):
-        return
-    fault = isinstance(value, bool) or not isinstance(value, int | float)
-    if fault or not (value > 0 if positive else value >= 0) or value == float("inf"):
+def number(where: str, name: str, value, *, positive: bool = False) -> float | None:
+    """`value` if it is finite and >= 0, or > 0. What is traced cannot be looked at: None.
+
+    An array of no dimensions is a number too.
+    """
+    found = entries(value)
+    if found is None:
+        return None
+    known = found.item() if found.ndim == 0 else value
+    fault = isinstance(known, bool) or not isinstance(known, int | float)
+    if fault or not (known > 0 if positive else known >= 0) or known == float("inf"):
         bound = "positive" if positive else ">= 0"
         raise ValueError(f"{where}: `{name}` must be a finite number, {bound}; got {value!r}.")
+    return known
+
+
+def entries(value) -> np.ndarray | None:
+    """`value` as a NumPy array; None if it is traced."""
+    try:
+        return np.asarray(value)
+    except jax.errors.TracerArrayConversionError:
+        return None
 
 
 def one_of(where: str, name: str, value, choices: tuple) -> None:

@@ -442,6 +442,36 @@ def test_estimates_must_fit_hparams():
     refuse(ValueError, lambda: tune.step(state, None), "tune", "`Estimate.grad`", "structure")
 
 
+# ------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize(
+    "kind", [float, np.float32, np.float64, np.asarray, jnp.float32, jnp.bfloat16, jnp.asarray]
+)
+def test_numbers_of_every_kind_are_looked_at(kind):
+    hj.linsolve.cg(tol=kind(0.5))
+    refuse(ValueError, lambda: hj.linsolve.cg(tol=kind(-1.5)), "cg", "`tol`", "finite", "-1.5")
+    refuse(ValueError, lambda: hj.linsolve.cg(tol=kind(np.nan)), "cg", "`tol`", "finite", "nan")
+    rtho = lambda decay: hj.online.rtho(lambda s, h, b: s, loss, init, decay=decay)
+    rtho(kind(0.5))
+    refuse(ValueError, lambda: rtho(kind(1.5)), "rtho", "`decay`", "[0, 1]", "1.5")
+
+
+def test_what_is_no_number_is_refused_and_what_is_traced_is_not():
+    for bad in (
+        True,
+        np.bool_(True),
+        jnp.asarray(True),
+        "1",
+        1j,
+        np.asarray(1j),
+        np.ones(1),
+        [1.0],
+    ):
+        refuse(ValueError, lambda bad=bad: hj.linsolve.cg(tol=bad), "cg", "`tol`", repr(bad))
+    jax.jit(lambda tol: (hj.linsolve.cg(tol=tol), tol)[1])(-1.0)
+
+
 # ------------------------------------------------------------------------- populations
 
 

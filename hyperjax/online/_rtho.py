@@ -53,8 +53,8 @@ def rtho(
     _checks.is_callable("rtho", "step", step)
     _checks.is_callable("rtho", "init", init)
     score = _checks.scalar_loss("rtho", "score", score)
-    _checks.number("rtho", "decay", decay)
-    if not isinstance(decay, jax.Array) and decay > 1:
+    known = _checks.number("rtho", "decay", decay)
+    if known is not None and known > 1:
         raise ValueError(f"rtho: `decay` must be in [0, 1]; got {decay!r}.")
 
     def begin(params: Params, hparams: HParams) -> RthoCarry:
