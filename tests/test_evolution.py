@@ -392,6 +392,32 @@ def test_noise_is_kept_or_drawn_anew():
 # ------------------------------------------------------------------------- divergence
 
 
+@pytest.mark.parametrize(
+    "members",
+    [
+        np.stack(np.meshgrid(np.arange(-8.0, 9), np.arange(-8.0, 9)), -1).reshape(-1, 2),
+        1.0 * ((np.arange(1024)[:, None] >> np.arange(10)) & 1),
+    ],
+    ids=["integers", "masks"],
+)
+def test_members_at_round_numbers_draw_apart(members):
+    estimator = direct(curved, sigma=0.1)
+    key = lambda h: estimator.init(jnp.zeros(()), h).key
+    keys = jax.random.key_data(jit(jax.vmap(key))(members))
+    # 32 bits: two of 1024 would meet at one seed in 8,000.
+    assert len(np.unique(np.asarray(keys), axis=0)) == len(members)
+
+
+@pytest.mark.parametrize(
+    "params", [jax.random.split(KEY, 300), 2**24 + jnp.arange(300)], ids=["keys", "integers"]
+)
+def test_members_that_start_from_keys_or_integers_draw_apart(params):
+    estimator = direct(curved, sigma=0.1)
+    key = lambda w: estimator.init(w, jnp.ones(())).key
+    keys = jax.random.key_data(jit(jax.vmap(key))(params))
+    assert len(np.unique(np.asarray(keys), axis=0)) == 300
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_a_diverged_run_takes_its_pair_along_and_no_other(bad):
     h = jnp.asarray([0.4, -0.3, 0.8])
@@ -478,6 +504,9 @@ def test_refusals_of_the_others():
         direct(curved, hj.evolution.spsa, radius=0.1, sides=3)
     with pytest.raises(ValueError, match="spsa: `radius` must be a finite number, positive"):
         direct(curved, hj.evolution.spsa, radius=-0.1)
+    for scale in (np.array([0.1, -0.1]), jnp.asarray([0.1, jnp.inf])):
+        with pytest.raises(ValueError, match="spsa: `radius` must be finite and positive"):
+            direct(curved, hj.evolution.spsa, radius=scale)
     with pytest.raises(
         ValueError, match="noise_reuse: `horizon` must be an integer >= 1; got None"
     ):

@@ -150,6 +150,39 @@ def test_a_diverged_sample_is_left_out():
     assert {1, 2, 3, 4} <= left
 
 
+@pytest.mark.parametrize("bad", [[1], [0, 2], [0, 1, 2]])
+def test_a_diverged_sample_hands_nothing_on(bad):
+    """The carry counts the batches and adds the outcomes; a diverged one adds a NaN."""
+
+    def response(x, carry, batches):
+        step = jnp.where(jnp.isin(x, jnp.asarray(bad)), jnp.nan, x)
+        params = carry[0] + step
+        return params, (params, carry[1] + 1)
+
+    estimator = hj.evolution.score_function(
+        response,
+        lambda params, x, batch: params,
+        lambda params, x: (params, jnp.int32(0)),
+        hj.evolution.categorical(),
+        key=KEY,
+        samples=3,
+    )
+    logits = jnp.zeros(3)
+
+    def body(state, _):
+        estimate, after = estimator.estimate(logits, state, SPLIT)
+        return after, (state.carry, after.carry, estimate.info)
+
+    state = estimator.init(jnp.zeros(()), logits)
+    _, (before, after, info) = jit(lambda s: jax.lax.scan(body, s, None, length=60))(state)
+    sound = np.isfinite(info.scores)
+    some = sound.any(axis=1)
+    assert some.any() == (len(bad) < 3) and not sound[:, 0].all() and not some.all()
+    first = np.take_along_axis(np.asarray(info.scores), sound.argmax(1)[:, None], axis=1)[:, 0]
+    np.testing.assert_array_equal(after[0], np.where(some, first, before[0]))
+    np.testing.assert_array_equal(after[1], before[1] + some)
+
+
 def test_all_samples_alike_have_no_gradient():
     result = jit(lambda h: first(direct(lambda i: 3.0 + 0.0 * i, hj.evolution.categorical()), h))
     result = result(jnp.zeros(3))

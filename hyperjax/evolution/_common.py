@@ -38,11 +38,29 @@ def check_factory(where: str, response, init, key: Key, chunk: int | None) -> No
 def own_key(key: Key, params: Params, hparams: HParams) -> Key:
     """`key` with the start folded in, so that different members of a population draw apart."""
     for x in jax.tree.leaves((params, hparams)):
-        x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-        bits = lax.bitcast_convert_type(jnp.ravel(jnp.real(x)).astype(jnp.float32), jnp.uint32)
+        bits = _bits(x)
         odd = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1  # the order of entries counts
-        key = jax.random.fold_in(key, jnp.sum(bits * odd, dtype=jnp.uint32))
+        # Mixed before the sum: round numbers share most of their bits, and sums of these collide.
+        mixed = _mix(bits ^ odd * jnp.uint32(0x9E3779B9))
+        key = jax.random.fold_in(key, jnp.sum(mixed, dtype=jnp.uint32))
     return key
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """uint32 [entries]; of real and complex numbers those in float32."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.ravel(x).astype(jnp.uint32)
+    x = jnp.stack([x.real, x.imag]) if jnp.iscomplexobj(x) else x
+    return lax.bitcast_convert_type(jnp.ravel(x).astype(jnp.float32), jnp.uint32)
+
+
+def _mix(bits: jax.Array) -> jax.Array:
+    """A bijection of uint32 in which every bit moves every other: the last steps of MurmurHash3."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
 
 
 def draw(noise: Noise, key: Key, count: int, like: HParams) -> HParams:
@@ -56,10 +74,12 @@ def draw(noise: Noise, key: Key, count: int, like: HParams) -> HParams:
 def check_scale(where: str, name: str, scale: PyTree) -> None:
     for keys, x in jax.tree_util.tree_leaves_with_path(scale):
         label = name + jax.tree_util.keystr(keys)
-        if not isinstance(x, np.ndarray):
+        if np.ndim(x) == 0:
             _checks.number(where, label, x, positive=True)
-        elif not (np.all(x > 0) and np.all(np.isfinite(x))):
-            raise ValueError(f"{where}: `{label}` must be finite and positive; got {x}.")
+            continue
+        known = _checks.entries(x)
+        if known is not None and not np.all((known > 0) & (known < np.inf)):
+            raise ValueError(f"{where}: `{label}` must be finite and positive; got {known}.")
 
 
 def spread(where: str, name: str, scale: PyTree, hparams: HParams) -> HParams:

@@ -68,8 +68,9 @@ def score_function(
     (s^2 / n + k grad^2) / (1 + k) is unbiased for the variance.
 
     `value` is the mean score of the samples. All train from the same carry on the same batches; the
-    next estimate goes on from the carry of the first sample, which is as good a draw as any.
-    `init(params, x)` is given one more draw.
+    next estimate goes on from the carry of the first sample whose score is finite, which is as good
+    a draw as any of these, and from the same carry as before if there is none. `init(params, x)` is
+    given one more draw.
 
     A sample with a score that is not finite is left out and counted; with fewer than two left
     gradient and standard error are NaN. What is left out is not learnt from: a score that maps
@@ -111,7 +112,9 @@ def score_function(
         steepness = jax.vmap(jax.grad(distribution.log_prob), in_axes=(None, 0))(hparams, drawn)
         value, grad, error = _leave_one_out(scores, steepness)
         info = ScoreFunctionInfo(error, drawn, scores, _common.count_diverged(scores))
-        carry = jax.tree.map(lambda x: x[0], carries)
+        sound = jnp.isfinite(scores)
+        chosen = _tree.take(carries, jnp.argmax(sound))  # the first
+        carry = _tree.where(jnp.any(sound), chosen, state.carry)
         return Estimate(value, grad, info), ScoreFunctionState(carry, later)
 
     return Estimator(start, estimate)
