@@ -120,6 +120,41 @@ def test_zero_gradients_change_no_rate_and_have_derivatives(rule):
     assert jnp.all(through == 0)
 
 
+@pytest.mark.parametrize("grads", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("params", [jnp.bfloat16, jnp.float32])
+def test_half_precision_moves_the_rate_and_keeps_the_types(params, grads):
+    ours = hj.online.hypergradient_descent(optax.identity(), 1e-3, 1e-6)
+
+    def push(state, g):  # scan refuses a state that changes its types
+        updates, state = ours.update(g, state)
+        return state, jnp.asarray(updates)
+
+    state, updates = jax.lax.scan(push, ours.init(jnp.ones(1, params)), jnp.ones((5, 1), grads))
+    assert updates.dtype == grads and state.last.dtype == params
+    # Four steps of 1e-6, since the first has no last one; bfloat16 knows nothing below 4e-6 there.
+    assert error(state.learning_rate, 1e-3 + 4e-6) < 1e-6
+    assert state.learning_rate.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e10, 1e30])
+def test_multiplicative_rule_knows_no_scale(size):
+    ours = hj.online.hypergradient_descent(optax.identity(), 1e-3, 0.1, rule="multiplicative")
+    # A leaf apart is far below the others, as a bias is; its gradients count for what they are.
+    grads = lambda x: {"w": jnp.asarray(x, jnp.float32) * size, "b": jnp.float32(1e-3 * size)}
+    _, state = ours.update(grads([3.0, 4.0]), ours.init(grads([0.0, 0.0])))
+    _, state = ours.update(grads([4.0, 3.0]), state)
+    assert error(state.learning_rate, 1e-3 * (1 + 0.1 * 24 / 25)) < 1e-6
+
+
+def test_multiplicative_rule_hides_no_nan_and_takes_no_leaves():
+    ours = hj.online.hypergradient_descent(optax.identity(), 0.1, 0.1, rule="multiplicative")
+    one = jnp.ones(2)
+    _, state = ours.update(one, ours.init(one))
+    assert jnp.isnan(ours.update(one.at[0].set(jnp.nan), state)[1].learning_rate)
+    # A part of `optax.partition` may have no parameters.
+    assert ours.update({}, ours.init({}))[1].learning_rate == 0.1
+
+
 # ---------------------------------------------------------------------------------- ultimate
 
 

@@ -1,10 +1,12 @@
 """Hypergradient descent on the learning rate, as an optax transformation."""
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from .. import _checks, _tree
 from .._types import Params, Scalar, State
@@ -43,8 +45,9 @@ def hypergradient_descent(
 
     The floor at 0 is ours: the additive rule can otherwise go below and then ascends. A rate of 0
     can recover in the additive rule, not in the multiplicative one. Where g or u_last is zero, the
-    cosine is 0. Weight decay belongs in front, so that it is part of g:
-    `optax.chain(optax.add_decayed_weights(1e-4), hypergradient_descent(...))`.
+    cosine is 0. Where one is not finite, no rate is right, and the cosine is NaN. The rate has at
+    least float32, also for parameters in bfloat16. Weight decay belongs in front, so that it is
+    part of g: `optax.chain(optax.add_decayed_weights(1e-4), hypergradient_descent(...))`.
 
     The rate that was in force stands in the state, `HypergradientDescentState.learning_rate`.
 
@@ -57,8 +60,9 @@ def hypergradient_descent(
     _checks.one_of(where, "rule", rule, ("additive", "multiplicative"))
 
     def init(params: Params) -> HypergradientDescentState:
-        # A rate in higher precision is kept so; a Python number takes the precision of params.
-        dtype = jnp.result_type(learning_rate, 0.0, *jax.tree.leaves(params))
+        # A rate in higher precision is kept so; a Python number takes the precision of params, but
+        # at least float32: a rate in bfloat16 would not move by less than 1/500 of itself.
+        dtype = jnp.result_type(learning_rate, jnp.float32, *jax.tree.leaves(params))
         rate = jnp.asarray(learning_rate, dtype)
         state = HypergradientDescentState(rate, _tree.zeros_like(params), direction.init(params))
         return _tree.strong(state)
@@ -67,19 +71,33 @@ def hypergradient_descent(
         updates: optax.Updates, state: State, params: optax.Params | None = None
     ) -> tuple[optax.Updates, State]:
         rate = state.learning_rate
-        agreement = optax.tree.vdot(updates, state.last)
+        g, last = jax.tree.map(lambda x: x.astype(rate.dtype), (updates, state.last))
         if rule == "additive":
-            rate = rate + hyper_learning_rate * agreement
+            rate = rate + hyper_learning_rate * optax.tree.vdot(g, last)
         else:
-            rate = rate * (1 + hyper_learning_rate * _cosine(agreement, updates, state.last))
+            rate = rate * (1 + hyper_learning_rate * _cosine(g, last))
         rate = jnp.maximum(rate, 0).astype(state.learning_rate.dtype)
         u, inner = direction.update(updates, state.direction, params)
-        return _tree.scale(-rate, u), HypergradientDescentState(rate, u, inner)
+        # Gradients may be of another type than params; a state keeps its own.
+        last = jax.tree.map(lambda x, old: x.astype(old.dtype), u, state.last)
+        return _tree.scale(-rate, u), HypergradientDescentState(rate, last, inner)
 
     return optax.GradientTransformation(init, update)
 
 
-def _cosine(product: jax.typing.ArrayLike, a: Params, b: Params) -> Scalar:
-    squares = optax.tree.norm(a, squared=True) * optax.tree.norm(b, squared=True)
+def _cosine(a: Params, b: Params) -> Scalar:
+    """0 if one is zero, NaN if one is not finite."""
+    a, b = _in_units(a), _in_units(b)
+    squares = optax.tree.vdot(a, a) * optax.tree.vdot(b, b)
+    zero = squares == 0
     # Chosen before the root, whose derivative at 0 would be infinite.
-    return jnp.where(squares > 0, product / jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+    return jnp.where(zero, 0, optax.tree.vdot(a, b) / jnp.sqrt(jnp.where(zero, 1, squares)))
+
+
+def _in_units(a: Params) -> Params:
+    """In units of the largest entry, whose square neither overflows nor vanishes."""
+    sizes = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(a)]
+    # The cosine is the same in any unit, so that the derivative in this one is left out.
+    largest = lax.stop_gradient(functools.reduce(jnp.maximum, sizes, jnp.asarray(0.0)))
+    unit = jnp.where(largest > 0, largest, 1)
+    return jax.tree.map(lambda x: x / unit, a)
