@@ -92,6 +92,21 @@ def test_clipping_below_the_norm_is_the_identity_at_zero_too():
     assert np.all(np.isnan(np.asarray(clip(jnp.asarray([jnp.nan, 1.0])))))  # nothing is hidden
 
 
+def test_clipping_in_half_precision():
+    clip = hj.guarded.clip_by_global_norm(1.0)
+    apply = lambda u: jnp.asarray(clip.update(u, optax.EmptyState())[0])
+    # Below the bound it is the identity, however small; 1 / norm^2 is no number of float16 there.
+    small = jnp.full(2, 1e-3, jnp.float16)
+    assert jnp.all(jax.jacobian(apply)(small) == jnp.eye(2))
+    # A square of 300 is no number of float16, and optax clips such updates to zero.
+    large = apply(jnp.full(2, 300.0, jnp.float16))
+    assert large.dtype == jnp.float16
+    assert error(np.asarray(large, float), np.full(2, 0.5**0.5)) < 1e-3  # float16 has 11 bits
+    # And the same in float32: the square of 2e-20 is, one over it is not.
+    tiny = jnp.asarray([2e-20, 0.0], jnp.float32)
+    assert jnp.all(jax.jacobian(apply)(tiny) == jnp.eye(2))
+
+
 @pytest.mark.parametrize("name", PIECES)
 def test_optimizers_take_traced_hyperparameters(name):
     make = {
@@ -269,8 +284,6 @@ def test_optax_refuses_traced_numbers_and_here_they_are_exact(name):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_take_python_numbers_and_keep_float32(name):
     guarded, plain, numbers = SCHEDULES[name]
-    if "piecewise" in name:
-        numbers = np.asarray(numbers)
     assert error(guarded(numbers)(4), plain(tuple(numbers))(4)) < 1e-14
     single = jnp.asarray(numbers, jnp.float32)
     result = guarded(single)(jnp.asarray(4))
@@ -335,6 +348,15 @@ def test_values_at_the_edges():
         optax.cosine_decay_schedule(1.0, 0, 0.5)
     assert at(guarded.cosine_decay_schedule(1.0, 0, 0.5)) == [0.5, 0.5, 0.5]
     assert at(guarded.warmup_cosine_decay_schedule(0.0, 1.0, 4, 4, 0.5)) == [0.0, 0.5, 0.5]
+
+
+def test_boundaries_and_scales_may_be_lists_of_traced_numbers():
+    make = hj.guarded.piecewise_constant_schedule
+    value = lambda h: make(h[0], [3, h[1]], [0.5, h[2]])(jnp.asarray(10))
+    h = jnp.asarray([0.3, 10.0, 0.2], jnp.float32)
+    found, slope = jit(jax.value_and_grad(value))(h)
+    assert found.dtype == jnp.float32  # numbers in a list take the type of the others
+    assert error((found, slope), (0.3 * 0.5 * 0.2, np.array([0.1, 0.0, 0.15]))) < 1e-7
 
 
 def test_schedules_refuse_what_is_out_of_range():

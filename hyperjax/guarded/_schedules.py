@@ -7,6 +7,8 @@ derivative is that of the phase that holds still. What is constant in optax and 
 (`constant_schedule`, `join_schedules`) is not repeated here.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -138,18 +140,21 @@ def warmup_cosine_decay_schedule(
 
 
 def piecewise_constant_schedule(
-    init_value: Number, boundaries: jax.typing.ArrayLike, scales: jax.typing.ArrayLike
+    init_value: Number,
+    boundaries: jax.typing.ArrayLike | Sequence[Number],
+    scales: jax.typing.ArrayLike | Sequence[Number],
 ) -> optax.Schedule:
     """`init_value` times the product of all `scales` whose boundary has been reached.
 
     As `optax.piecewise_constant_schedule(init_value, {boundary: scale, ...})`, but with arrays
-    [k], since a traced number cannot be the key of a dictionary. The derivative in boundaries is
-    zero. Raises ValueError if the two are not vectors of one length.
+    [k] or lists, since a traced number cannot be the key of a dictionary. The derivative in
+    boundaries is zero. Raises ValueError if the two are not vectors of one length.
     """
-    if jnp.ndim(boundaries) != 1 or jnp.shape(boundaries) != jnp.shape(scales):
+    shapes = [jnp.shape(jnp.asarray(x)) for x in (boundaries, scales)]
+    if len(shapes[0]) != 1 or shapes[0] != shapes[1]:
         raise ValueError(
             "guarded.piecewise_constant_schedule: `boundaries` and `scales` must be vectors of one "
-            f"length; got shapes {jnp.shape(boundaries)} and {jnp.shape(scales)}."
+            f"length; got shapes {shapes[0]} and {shapes[1]}."
         )
 
     def schedule(count):
@@ -179,7 +184,7 @@ def _progress(t: Scalar, steps: Scalar) -> tuple[Scalar, Scalar]:
 
 def _reals(count, *values):
     """All as arrays of the type of `values`; Python numbers take that of the others."""
-    dtype = jnp.result_type(0.0, *values)
+    dtype = jnp.result_type(0.0, *jax.tree.leaves(values))  # a list counts by its entries
     return [jnp.asarray(x).astype(dtype) for x in (count, *values)]
 
 
