@@ -109,9 +109,18 @@ def test_accuracy_is_bias_deviation_and_blindness(rng):
     assert one.bias == 0 and one.deviation == math.inf
 
 
-def row(name, bias=0.0, deviation=0.0, seconds: float | None = 1.0, blind=(), refused="") -> Row:
+def row(
+    name,
+    bias=0.0,
+    deviation=0.0,
+    seconds: float | None = 1.0,
+    blind=(),
+    refused="",
+    memory: int | None = 10,
+) -> Row:
     found = Accuracy(bias, 0.001, 1.0, deviation, 4, {}, blind, bias)
-    return Row(name, name, "", refused, None if refused else found, Cost(seconds, 1.0, 10), {})
+    cost = Cost(seconds, 1.0, memory)
+    return Row(name, name, "", refused, None if refused else found, cost, {})
 
 
 def chosen(*rows: Row) -> str | None:
@@ -134,6 +143,18 @@ def test_recommendation_by_its_rule():
     assert draws_needed(row("both", bias=0.06, deviation=0.8), 0.1) == 100
     assert chosen(exact, row("noisy", deviation=0.8, seconds=0.01)) == "noisy"
     assert chosen(exact, row("noisy", deviation=0.8, seconds=0.1)) == "exact"
+
+
+def test_rounding_is_no_bias():
+    reference = row("reference", seconds=1.2)  # its own bias is exactly zero
+    assert chosen(reference, row("other", bias=3e-7)) == "other"
+    assert chosen(reference, row("other", bias=0.9e-3)) == "other"
+    assert chosen(reference, row("other", bias=1.1e-3)) == "reference"
+    # Of what is left the cheapest, whose memory may be larger; at one price the smallest.
+    small = row("small", bias=2e-7, memory=5)
+    assert chosen(reference, small, row("large", bias=1e-7, seconds=0.99)) == "large"
+    assert chosen(row("large", bias=1e-7), row("unknown", memory=None), small) == "small"
+    assert "a bias below 0.001 counts as none" in recommend([reference], 0.1).rule
 
 
 def test_recommendation_when_nobody_passes():

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 _TIE = 1.25  # prices this close are no reason to accept a bias: timings vary as much
+_NO_BIAS = 0.01  # of the tolerance: below is none, and among exact estimators mostly rounding
 
 
 class Accuracy(NamedTuple):
@@ -118,8 +119,9 @@ def recommend(rows: Sequence[Row], tolerance: float) -> Recommendation:
         "take part: estimators that fit the memory, are finite on every draw, are blind to no "
         f"hyperparameter and have a bias below {tolerance:g}. Their price is the time until the "
         f"error of a mean of n estimates, sqrt(bias^2 + deviation^2 / n), is {tolerance:g}. "
-        f"Among those within {_TIE - 1:.0%} of the least price, the least biased; if none takes "
-        "part, the least biased of all that fit and are finite"
+        f"Among those within {_TIE - 1:.0%} of the least price, the least biased, where a bias "
+        f"below {_NO_BIAS * tolerance:g} counts as none; of these the cheapest, then the smallest. "
+        "If none takes part, the least biased of all that fit and are finite"
     )
     sound = [r for r in rows if r.accuracy is not None and math.isfinite(r.accuracy.bias)]
     if not sound:
@@ -128,7 +130,7 @@ def recommend(rows: Sequence[Row], tolerance: float) -> Recommendation:
     if able:
         least = min(price(r, tolerance) or 0 for r in able)
         close = [r for r in able if (price(r, tolerance) or 0) <= _TIE * least]
-        best = min(close, key=lambda r: _accuracy(r).bias)
+        best = min(close, key=lambda r: _order(r, tolerance))
         found, needed = _accuracy(best), draws_needed(best, tolerance) or 1
         each = (price(best, tolerance) or 0) / needed
         reason = (
@@ -143,6 +145,16 @@ def recommend(rows: Sequence[Row], tolerance: float) -> Recommendation:
     if found.blind:
         reason += f", though it is blind to {', '.join(found.blind)}"
     return Recommendation(least.name, reason, rule)
+
+
+def _order(row: Row, tolerance: float) -> tuple[float, float, float]:
+    """Of rows whose price is about the same: bias if there is any, price, memory."""
+    memory = row.cost.bytes if row.cost is not None else None
+    return (
+        max(_accuracy(row).bias, _NO_BIAS * tolerance),
+        price(row, tolerance) or 0,
+        math.inf if memory is None else memory,
+    )
 
 
 def _accuracy(row: Row) -> Accuracy:
