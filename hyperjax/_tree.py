@@ -34,6 +34,11 @@ def scale(factor: Scalar | float, x: PyTree) -> PyTree:
     return jax.tree.map(lambda u: (factor * u).astype(u.dtype), x)
 
 
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """`tree` in the types of the leaves of `like`."""
+    return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
+
+
 def sub(a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(operator.sub, a, b)
 
@@ -86,7 +91,8 @@ def last(batches: PyTree) -> PyTree:
 
 def take(tree: PyTree, index: jax.Array) -> PyTree:
     """Rows `index` of every leaf: [P, ...] and [Q] to [Q, ...]."""
-    return jax.tree.map(lambda x: x[index], tree)
+    # NumPy arrays cannot be indexed by what is traced.
+    return jax.tree.map(lambda x: jnp.asarray(x)[index], tree)
 
 
 def size(a: PyTree) -> int:

@@ -58,6 +58,16 @@ def test_gradient_is_that_of_reverse_mode(windows, steps):
     assert jax.tree.structure(carry) == jax.tree.structure(p.inner.init(p.params, p.hparams))
 
 
+def test_batches_may_be_of_numpy():
+    p = problems.net(steps=6)
+    h = scheduled(p, 3)
+    estimator = estimator_of(p, 3)
+    split = hj.Split(jax.tree.map(np.asarray, p.split.train), p.split.valid)
+    carry = estimator.init(p.params, h)
+    result, _ = jax.eval_shape(lambda h: estimator.estimate(h, carry, split), h)
+    assert result.grad["lr"].shape == (3,)
+
+
 def test_direct_term_and_integers_in_the_state():
     # Ridge has a score with hparams in it, a vector per window; Adam counts in integers.
     p = problems.ridge(steps=9)

@@ -285,6 +285,21 @@ def test_unroll_is_the_loop_over_its_batches(options):
     assert error(params, expected.params) < 1e-12
 
 
+@pytest.mark.parametrize("options", problems.UNROLLS.values(), ids=list(problems.UNROLLS))
+def test_batches_may_be_of_numpy(options):
+    # Closed over, they reach the loop as what they are; under `jit` they would be traced.
+    p = problems.net(steps=53)
+    train = jax.tree.map(np.asarray, p.split.train)
+    start = p.inner.init(p.params, p.hparams)
+
+    def value(h):
+        params, _ = hj.unroll(p.inner.step, **options)(h, start, train)
+        return p.score(params, h, p.split.valid)
+
+    grad = jax.eval_shape(jax.grad(value), p.hparams)
+    assert jax.tree.structure(grad) == jax.tree.structure(p.hparams)
+
+
 # Half a run is shorter than the tail of the truncated one.
 @pytest.mark.parametrize("name", [n for n in RESPONSES if "truncate" not in n])
 def test_carry_continues_the_run(name):
