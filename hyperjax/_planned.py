@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 
@@ -51,10 +51,14 @@ def planned(
     hyperparameters, T steps, S bytes of state and R bytes that reverse mode records per step, the
     expected bytes and the cost in trainings without a derivative are
 
-        forward    (1 + n) (2 S + (R - S) / 2)    1 + n
-        reverse    T R + W                        3
-        every k    (T / k) S + k R + W            4         and the data, unless k divides T
-        binomial   sqrt(2 T) S + W                5,         W = R + 3 S for one step
+        forward    (1 + n) (2 S + max(L, (R - S) / 2)) + C    1 + n
+        reverse    T R + W                                    3
+        every k    (T / k) S + k R + W                        4         and the data, unless k
+                                                                        divides T
+        binomial   sqrt(2 T) S + W                            5,        W = R + 3 S + C for one step
+
+    L is the largest array within a step. What a step records and computes from hyperparameters or
+    closed-over arrays alone counts once, as C; those themselves lie in memory anyway.
 
     Tests hold the bytes to a factor of three of what XLA allocates beside inputs and outputs, and
     benchmarks/unrolled.py has the times: forward mode wins with one scalar, draws with two (and is
@@ -71,6 +75,7 @@ def planned(
 
     def estimate(hparams: HParams, carry: Carry, split: Split) -> tuple[Estimate, Carry]:
         _checks.differentiable("planned", "hparams", hparams)
+        hparams = _tree.strong(hparams)  # numbers of Python have no size
         steps = _checks.count_steps("planned", split.train)
         plan = _plan(_forecast(step, hparams, carry, split.train, steps), budget)
         chosen = plan.chosen
@@ -96,15 +101,15 @@ def _plan(options: tuple[Option, ...], budget: int) -> Plan:
 
 def _forecast(step, hparams, carry, batches, steps) -> tuple[Option, ...]:
     state = sum(_bytes(x) for x in jax.tree.leaves(carry))
-    record = _record(step, hparams, carry, batches)
+    record, constant, largest = _record(step, hparams, carry, batches)
     scalars = _tree.size(hparams)
-    once = record + 3 * state
+    once = record + constant + 3 * state
     data = sum(_bytes(x) for x in jax.tree.leaves(batches))
     # Batches are folded into whole segments, of which a rest makes a copy.
     segments = lambda k: -(-steps // k) * state + k * record + once + (data if steps % k else 0)
     k = min(range(1, steps + 1), key=segments)
     segmented = segments(k)
-    forward = (1 + scalars) * (2 * state + max(record - state, 0) // 2)
+    forward = constant + (1 + scalars) * (2 * state + max(largest, (record - state) // 2))
     options = (
         Option("forward", None, forward, 1.0 + scalars),
         Option("reverse", None, steps * record + once, 3.0),
@@ -114,21 +119,47 @@ def _forecast(step, hparams, carry, batches, steps) -> tuple[Option, ...]:
     return tuple(sorted(options, key=lambda option: (option.cost, option.bytes)))
 
 
-def _record(step, hparams, carry, batches) -> int:
-    """Bytes that reverse mode keeps of one step: its residuals, each once, without its inputs."""
+class _Record(NamedTuple):
+    """Bytes that reverse mode keeps, and the largest array that a step makes."""
+
+    each: int  # with every step
+    constant: int  # once for all steps
+    largest: int
+
+
+def _record(step, hparams, carry, batches) -> _Record:
+    """Of the residuals, each counted once, without what is there anyway."""
     first = jax.tree.map(lambda x: x[0], batches)
 
-    def residuals(state, hparams, batch):
+    def residuals(hparams, state, batch):
         def on_inexact(parts, h):
             return inexact(step(merge(parts, state), h, batch))
 
         return jax.tree.leaves(jax.vjp(on_inexact, inexact(state), hparams)[1])
 
-    program = jax.make_jaxpr(residuals)(carry, hparams, first).jaxpr
-    # The state is kept, as part of the trajectory; data and hyperparameters are there anyway.
-    inputs = program.invars[len(jax.tree.leaves(carry)) :]
-    kept = {id(v): v.aval for v in program.outvars if not any(v is x for x in inputs)}
-    return sum(_bytes(aval) for aval in kept.values())
+    program = jax.make_jaxpr(residuals)(hparams, carry, first).jaxpr
+    scalars, states = len(jax.tree.leaves(hparams)), len(jax.tree.leaves(carry))
+    # What depends on none of state and data is computed once, before the first step.
+    inputs = _ids([*program.constvars, *program.invars[:scalars]])
+    fixed, largest = inputs.copy(), 0
+    for equation in program.eqns:
+        if all(id(x) in fixed for x in equation.invars if not _is_literal(x)):
+            fixed |= _ids(equation.outvars)
+        else:
+            largest = max([largest, *(_bytes(x.aval) for x in equation.outvars)])
+    # The state is kept, as part of the trajectory; everything else that comes in is there anyway.
+    inputs |= _ids(program.invars[scalars + states :])
+    kept = {id(x): _bytes(x.aval) for x in program.outvars if id(x) not in inputs}
+    constant = sum(size for key, size in kept.items() if key in fixed)
+    return _Record(sum(kept.values()) - constant, constant, largest)
+
+
+def _ids(variables) -> set[int]:
+    return {id(x) for x in variables}
+
+
+def _is_literal(x) -> bool:
+    return hasattr(x, "val")
 
 
 def _bytes(x) -> int:

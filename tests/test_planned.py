@@ -81,6 +81,45 @@ def test_forecasts_are_within_a_factor_of_three_of_the_compiled_program(adam):
         assert option.bytes / 3 < actual < option.bytes * 3, option
 
 
+@pytest.mark.parametrize("computed", [False, True])
+def test_forecasts_count_what_is_closed_over_once(computed):
+    # Counted with every step it would be most of the forecast: 60 times 200 kB.
+    shape = lambda *s: jnp.asarray(np.random.default_rng(0).normal(size=s), jnp.float32)
+    params, h = shape(50, 30), {"rate": jnp.full(5, 0.01, jnp.float32)}
+    split = hj.Split(jnp.zeros(60, jnp.float32), jnp.zeros((), jnp.float32))
+
+    def parts(x):
+        rows = jnp.tanh if computed else lambda x: x
+        loss = lambda p, h, batch: jnp.mean((rows(x) @ p - batch) ** 2)
+        return hj.inner(loss, lambda h: optax.sgd(jnp.mean(h["rate"]))), loss
+
+    def estimate(x, h, **options):
+        inner, loss = parts(x)
+        response = hj.unroll(inner.step, checkpoint=options.pop("checkpoint"))
+        estimator = hj.hypergradient(response, loss, inner.init, **options)
+        return estimator.estimate(h, estimator.init(params, h), split)[0].grad
+
+    data = shape(1000, 50)
+    inner, loss = parts(data)
+    estimator = hj.planned(inner.step, loss, inner.init, budget=10**9)
+    plan = jax.eval_shape(estimator.estimate, h, inner.init(params, h), split)[0].info
+    for option in plan.options:
+        one = functools.partial(estimate, mode=option.mode, checkpoint=option.checkpoint)
+        memory = jax.jit(one).lower(data, h).compile().memory_analysis()
+        assert memory is not None
+        # Closer than the factor of three: off by the data is off by a third of the least option.
+        assert option.bytes / 1.7 < memory.temp_size_in_bytes < option.bytes * 1.7, option
+
+
+def test_hyperparameters_may_be_numbers_of_python():
+    *_, estimator, (h, carry, split) = make(10**9, steps=3, scalars=1)
+    got = jit(lambda c, s: estimator.estimate({"rate": 0.01}, c, s)[0])(carry, split)
+    expected = jit(estimator.estimate)({"rate": h["rate"][0]}, carry, split)[0]
+    # A number of Python is float64 here, as everywhere.
+    assert error(got.grad, expected.grad) < 1e-5
+    assert got.info.chosen.mode == "forward"
+
+
 def test_gradient_is_that_of_unroll_by_every_way():
     p = problems.net(steps=12)
     h, params = p.hparams, p.params
