@@ -22,6 +22,7 @@ the size of the denominator of m, too much for 32 bits; here u is m u within two
 errors make b grow as b' = (b + 1) / m + 1 at most; before that overflows, another word is begun.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -51,13 +52,23 @@ class Entry(NamedTuple):
 
 def make_grid(dtype, fraction: int | None) -> Grid:
     if dtype == jnp.float32:
-        return Grid(jnp.int32, jnp.uint32, dtype, 16, 25 if fraction is None else fraction)
+        return _checked(Grid(jnp.int32, jnp.uint32, dtype, 16, fraction or 25))
     if dtype == jnp.float64:
-        return Grid(jnp.int64, jnp.uint64, dtype, 32, 52 if fraction is None else fraction)
+        return _checked(Grid(jnp.int64, jnp.uint64, dtype, 32, fraction or 52))
     raise TypeError(
         f"reversible: leaves of params must be float32 or float64; got {dtype}. Convert them with "
         "`jnp.asarray(x, jnp.float32)`."
     )
+
+
+def _checked(grid: Grid) -> Grid:
+    most = 2 * grid.half - 2
+    if grid.fraction > most:
+        raise ValueError(
+            f"reversible: `fraction` must be at most {most} for {grid.floating} leaves, which "
+            f"leaves room for entries below one; got {grid.fraction}."
+        )
+    return grid
 
 
 def steps_per_word(grid: Grid, least_momentum: float) -> int:
@@ -87,12 +98,18 @@ def enter(words, grid, w, u) -> Entry:
     return Entry(units(w), units(u), lost)
 
 
-def inside(grid, entry) -> jax.Array:
-    return jnp.all(jnp.abs(entry.w) < limit(grid)) & jnp.all(jnp.abs(entry.u) < limit(grid))
+def representable(grid, x) -> jax.Array:
+    """Whether all of x is in the range, as it must be before it is made integer; NaN is not."""
+    # Not asked of the integers: what is too large becomes the least integer, and so does its abs.
+    return jnp.all(jnp.abs(x) < limit(grid) * 2.0**-grid.fraction)
 
 
-def step(least, word, grid, entry, grad, rate, momentum) -> tuple[Entry, jax.Array]:
-    """The entry after one step, and whether all numbers stayed in their range."""
+def step(least, word, grid, entry, grad, rate, momentum) -> tuple[Entry, jax.Array, jax.Array]:
+    """The entry after one step, whether all numbers stayed in their range, and what was rounded.
+
+    The last is [2, 2]: sums over the entries of |rounding| and of what was rounded, of the
+    gradient and of the move.
+    """
     n = numerator(grid, momentum)
     u, b = multiply(grid, entry.u, entry.lost[word], n)
     push = grad * 2.0**grid.fraction
@@ -100,9 +117,11 @@ def step(least, word, grid, entry, grad, rate, momentum) -> tuple[Entry, jax.Arr
     move = rate * u.astype(grid.floating)
     after = Entry(entry.w - _to_int(grid, move), u, entry.lost.at[word].set(b))
     # Written so that NaN fails.
-    small = jnp.all(jnp.abs(push) < limit(grid)) & jnp.all(jnp.abs(move) < limit(grid))
+    small = [jnp.all(jnp.abs(x) < limit(grid)) for x in (push, move, after.w, after.u)]
     allowed = jnp.all((math.floor(least * 2**grid.half) <= n) & (n <= 2**grid.half))
-    return after, small & allowed & inside(grid, after)
+    size = lambda x: jnp.sum(jnp.abs(x))
+    rounded = jnp.stack([jnp.stack([size(x - jnp.round(x)), size(x)]) for x in (push, move)])
+    return after, functools.reduce(jnp.logical_and, small, allowed), rounded
 
 
 def unmove(grid, entry, rate) -> Entry:

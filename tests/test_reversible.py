@@ -380,6 +380,64 @@ def test_params_out_of_range_are_nan(start, fits):
     assert jnp.all(jnp.isfinite(params[0])) if fits else jnp.all(jnp.isnan(params[0]))
 
 
+@functools.cache
+def sloped():
+    """Training under the slopes l2 and 1 of two scalars, for three steps."""
+    train = hj.reversible(lambda p, h, b: h["l2"] * p[0] + p[1], RATE, MOMENTUM)
+    estimator = hj.hypergradient(train.response, lambda p, h, b: p[0] + p[1], train.init)
+    split = hj.Split(jnp.zeros(3), jnp.zeros(()))
+    return train.init, jit(lambda h, carry: estimator.estimate(h, carry, split)[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "start", "fits"),
+    [
+        (jnp.float32, -31.0, True),
+        (jnp.float32, -32.0, False),
+        (jnp.float32, -64.0, False),  # the least integer, which is its own absolute value
+        (jnp.float32, -100.0, False),
+        (jnp.float32, -np.inf, False),
+        (jnp.float64, -1023.0, True),
+        (jnp.float64, -2048.0, False),
+    ],
+)
+@pytest.mark.parametrize("what", ["params", "velocity"])
+def test_entries_out_of_range_that_do_not_move_are_nan(dtype, start, fits, what):
+    init, run = sloped()
+    h = values(dtype, rate=0.0, l2=0.0)
+    carry = init([jnp.zeros((), dtype)] * 2, h)
+    result = run(h, carry._replace(**{what: [jnp.asarray(start, dtype), jnp.zeros((), dtype)]}))
+    assert result.info.fits == fits
+    # What goes in comes out, or nothing does.
+    assert result.value == (start if what == "params" else 0) if fits else jnp.isnan(result.value)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_rounding_is_reported(dtype):
+    unit = 2.0**-25 if dtype == jnp.float32 else 2.0**-52
+    init, run = sloped()
+
+    def rounding(slope, rate):
+        h = values(dtype, rate=rate, l2=slope)
+        info = run(h, init([jnp.zeros((), dtype)] * 2, h)).info
+        assert info.fits and info.recovered and info.rounding.dtype == dtype
+        return info.rounding
+
+    # Exact in binary: tolerances are for the sum and the division in float32.
+    assert rounding(0.25, 0.5) < 1e-6  # far above a unit
+    assert rounding(0.25 * unit, 0.5) == 1  # every gradient of a leaf is rounded to zero
+    assert abs(rounding(2.25 * unit, 1.0) - 1 / 9) < 1e-6
+    assert rounding(0.25, 0.125 * unit) == 1  # every move is
+    assert rounding(0.0, 0.5) < 1e-6  # no share of nothing
+
+
+def test_ordinary_training_is_hardly_rounded():
+    ours, _ = compared(jnp.float32, 100)
+    info = ours(values(jnp.float32))[0].info
+    # Gradients of 0.1 and moves of 0.01, to 2^-26 at most and half of that on average.
+    assert 0 < info.rounding < 1e-5
+
+
 def test_a_backward_run_that_goes_astray_is_nan_and_reported(monkeypatch):
     # As if a gradient came out differently the second time, in its last bit.
     unpush = inside.unpush
@@ -406,6 +464,20 @@ def test_forward_mode_is_refused():
     h = values(jnp.float64)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.eval_shape(estimator.estimate, h, estimator.init(params, h), split)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 30), (jnp.float64, 62)])
+def test_fractions_that_leave_no_room_are_refused(dtype, most):
+    params, loss, _, split = net((3, 1), dtype, 1)
+    h = values(dtype)
+
+    def trained(fraction):
+        train = hj.reversible(loss, RATE, MOMENTUM, fraction=fraction)
+        return jax.eval_shape(train.response, h, train.init(params, h), split.train)
+
+    trained(most)
+    with pytest.raises(ValueError, match=rf"`fraction` must be at most {most} .* got {most + 1}"):
+        trained(most + 1)
 
 
 @pytest.mark.parametrize("least", [0.49, 1.0, "0.9", True])
