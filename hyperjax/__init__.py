@@ -10,6 +10,7 @@ from ._best_response import best_response as best_response
 from ._estimators import hypergradient as hypergradient
 from ._estimators import restart as restart
 from ._estimators import score_only as score_only
+from ._fixed_point import FixedPoint as FixedPoint
 from ._fixed_point import fixed_point as fixed_point
 from ._fixed_point import iterate as iterate
 from ._forward_sharing import SharingInfo as SharingInfo
@@ -58,6 +59,8 @@ from ._types import SolveInfo as SolveInfo
 from ._types import Split as Split
 from ._types import Tuner as Tuner
 from ._unroll import unroll as unroll
+from ._warm_start import AmortizedCarry as AmortizedCarry
+from ._warm_start import WarmCarry as WarmCarry
 from ._warm_start import amortize as amortize
 from ._warm_start import warm_start as warm_start
 

@@ -52,9 +52,9 @@ def error_bound(
     push = jax.linear_transpose(lambda u: pullback(u)[0], adjoint)
 
     curve = lambda v: curvature(v)[0]
-    bend = _norm_bound(curve, curve, params)
-    cross = _norm_bound(lambda v: curvature(v)[1], lambda w: mixed(w)[0], params)
-    reach = _norm_bound(lambda u: pullback(u)[0], lambda w: push(w)[0], params)
+    bend = _norm_bound(curve, curve, adjoint)
+    cross = _norm_bound(lambda v: curvature(v)[1], lambda w: mixed(w)[0], adjoint)
+    reach = _norm_bound(lambda u: pullback(u)[0], lambda w: push(w)[0], adjoint)
     distance = _tree.norm(zero) / convexity
     residual = _tree.norm(slope)
     return cross * distance + reach / convexity * (residual + bend * distance)
@@ -74,6 +74,7 @@ def _norm_bound(product: MatVec, transposed: MatVec, like: PyTree) -> Scalar:
         v = tree.unflatten(
             [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
         )
+        v = _tree.vary_like(v, like)  # members of a population differ inside shard_map
         log = 0.0
         for _ in range(_POWERS):
             v = transposed(product(v))

@@ -12,17 +12,18 @@ Map: TypeAlias = Callable[[Params, HParams, Batch], Params]
 
 
 @dataclass(frozen=True)
-class Residual:
-    """An optimality `params - map(params)`, whose Jacobian is not symmetric in general."""
+class FixedPoint:
+    """The optimality `params - map(params)`. What `implicit` wants to know of it:"""
 
     map: Map
-    symmetric = False  # tells `implicit` which linear solve to take
+    smooth: bool  # False: the map has kinks
+    symmetric = False  # its Jacobian, in general
 
     def __call__(self, params: Params, hparams: HParams, batch: Batch) -> Params:
         return _tree.sub(params, self.map(params, hparams, batch))
 
 
-def fixed_point(map: Map) -> Residual:
+def fixed_point(map: Map) -> FixedPoint:
     """The optimality of params = map(params, hparams, batch), for `implicit`.
 
     The map may be a layer (deep equilibrium models: Bai, Kolter and Koltun 2019, arXiv 1909.01377;
@@ -31,7 +32,7 @@ def fixed_point(map: Map) -> Residual:
     wherever the iteration contracts.
     """
     _checks.is_callable("fixed_point", "map", map)
-    return Residual(map)
+    return FixedPoint(map, smooth=True)
 
 
 def iterate(map: Map) -> Inner:

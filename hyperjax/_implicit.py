@@ -32,10 +32,12 @@ class AdjointInfo(NamedTuple):
 
     solve: SolveInfo  # of the adjoint system
     stationarity: Scalar  # |optimality(params)|, 2-norm: the derivative assumes that it is zero
-    # Like hparams, a bool per leaf. False warns: optimality does not depend on the leaf, so that
-    # its gradient is the direct term alone. A learning rate is such a leaf.
+    # Like hparams, a bool per leaf. False warns: the leaf has no effect on optimality along the
+    # adjoint vector, at these params, so that its gradient is the direct term alone. A learning
+    # rate is such a leaf, and so is a penalty while what it penalizes is zero.
     reached: HParams
-    # On |grad - true hypergradient|, 2-norm; inf where `implicit` was told no `convexity`.
+    # On |grad - true hypergradient|, 2-norm, to first order in the distance from a solution; inf
+    # where `implicit` was told no `convexity`.
     bound: Scalar
 
 
@@ -140,8 +142,11 @@ def implicit(
       solve: default `cg()`, or `gmres()` where `optimality` is one of the latter two, whose A is
         not symmetric. `adaptive` ties its tolerance to how far training is from a solution.
       convexity: a lower bound on the smallest singular value of A near the solution, in the units
-        of A (for a training loss with an l2 penalty, its weight). With it, `AdjointInfo.bound` is
-        computed, at the price of some fifty products with second derivatives.
+        of A (for a convex training loss and an l2 penalty beside it, the weight of the penalty).
+        With it, `AdjointInfo.bound` is computed, at the price of some fifty products with second
+        derivatives. It is to first order in the distance from the solution: where `stationarity`
+        is large it may be far too small. Of the three norms in it each is too small with a chance
+        of 1e-3. Refused for `proximal`, since a kink on the way to the solution voids it.
 
     The value is whatever `response` returns. Away from a stationary point the derivative is not
     that of the value: look at `Estimate.info`, an `AdjointInfo`, before trusting it. The carry
@@ -153,7 +158,8 @@ def implicit(
     shard_map; docs/transforms.md has the table that the tests write.
 
     Raises ValueError at trace time if `optimality` does not return a tree like params, or
-    `convexity` is not positive; TypeError for params that are not real floating-point arrays.
+    `convexity` is not positive or does not apply; TypeError for params that are not real
+    floating-point arrays.
 
     Reference: Lorraine, Vicol and Duvenaud 2020 (arXiv 1911.02590), Theorem 1. They approximate
     the inverse by a Neumann series, here it is truncated CG; see `linsolve` for theirs.
@@ -166,6 +172,11 @@ def implicit(
         _checks.is_callable("implicit", "solve", solve)
     if convexity is not None:
         _checks.number("implicit", "convexity", convexity, positive=True)
+        if not getattr(optimality, "smooth", True):
+            raise ValueError(
+                "implicit: `convexity` makes no bound for an optimality with kinks, as that of "
+                "`proximal`; leave it out."
+            )
     return ImplicitResponse(response, optimality, solve, convexity)
 
 
@@ -190,8 +201,9 @@ def root_vjp(
         solve = solve.at(lax.stop_gradient(stationarity))
     u, info = linear_solve(solve, lambda v: pullback(v)[0], cotangent, start)
     through = pullback(u)[1]
-    # Exactly zero in every entry although u is not: nothing connects the leaf to the solution.
-    asked = _tree.dot(u, u) > 0
+    # Exactly zero in every entry: nothing connects the leaf to the solution, or u is zero. A score
+    # that does not depend on params asks for nothing, and is no warning.
+    asked = _tree.norm(cotangent) > 0
     reached = jax.tree.map(lambda g: jnp.any(g != 0) | ~asked, through)
     bound = lax.stop_gradient(stationarity * 0 + jnp.inf)
     info = AdjointInfo(info, stationarity, reached, bound)

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import jax
 
 from . import _checks
-from ._fixed_point import Map, Residual, fixed_point, iterate
+from ._fixed_point import FixedPoint, Map, iterate
 from ._inner import Inner
 from ._types import Batch, HParams, Loss, Params
 from .prox import Prox
 
 
-def proximal(loss: Loss, prox: Prox, rate: float) -> Residual:
+def proximal(loss: Loss, prox: Prox, rate: float) -> FixedPoint:
     """The optimality of minimizing loss + penalty, for `implicit`.
 
     A minimum is a fixed point of w -> prox(w - rate grad loss(w), hparams, rate), whatever the
@@ -25,7 +25,7 @@ def proximal(loss: Loss, prox: Prox, rate: float) -> Residual:
 
     Raises ValueError unless `rate` is positive.
     """
-    return fixed_point(_descent("proximal", loss, prox, rate))
+    return FixedPoint(_descent("proximal", loss, prox, rate), smooth=False)
 
 
 def proximal_descent(loss: Loss, prox: Prox, rate: float) -> Inner:

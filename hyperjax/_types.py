@@ -38,8 +38,9 @@ class SolveInfo(NamedTuple):
 
     # int32 scalar: products with the matrix, for preconditioners too, but not for this report
     iterations: jax.Array
-    residual: jax.Array  # |b - A x| / |b| of the returned x, in the 2-norm
-    curvature: jax.Array  # smallest p'Ap / p'p met; inf if no direction was looked at
+    # |b - A x| / |b| of the returned x, in the 2-norm: without damping, which therefore shows.
+    residual: jax.Array
+    curvature: jax.Array  # smallest p'Ap / p'p met, damping included; inf if none was looked at
 
 
 class LinearSolve(Protocol):
@@ -57,8 +58,10 @@ class Preconditioner(NamedTuple):
     """An approximation of A^-1 that is kept as arrays, so that it can outlive one solve.
 
     `build(matvec, like) -> state` looks at A by products; `like` has the structure, shapes and
-    types of the vectors. `apply(state, v) -> v` must be linear in v, symmetric and positive
-    definite. `products` says how many products `build` takes, for `SolveInfo.iterations`.
+    types of the vectors. `apply(state, v) -> v` must be linear in v, and for `cg` symmetric and
+    positive definite. One that is not symmetric and is kept serves for A or for A', not for both:
+    reverse mode solves with A', forward mode with A. `products` says how many products `build`
+    takes, for `SolveInfo.iterations`.
     """
 
     build: Callable[[MatVec, Params], State]

@@ -23,6 +23,7 @@ from ._types import (
     Split,
 )
 from .linsolve import prebuilt
+from .linsolve._common import widened
 
 
 class WarmCarry(NamedTuple):
@@ -95,7 +96,7 @@ def amortize(
         carry = _tree.strong(init(params, hparams))
         zeros = _tree.zeros_like(_tree.strong(params))
         # Of the identity: only its shapes matter, since the first estimate builds.
-        factor = _tree.strong(preconditioner.build(lambda v: v, zeros))
+        factor = _tree.strong(preconditioner.build(*widened(lambda v: v, zeros)))
         return AmortizedCarry(carry, zeros, factor, jnp.zeros((), jnp.int32))
 
     def estimate(
@@ -108,7 +109,7 @@ def amortize(
         due = carry.age % refresh == 0
         factor = lax.cond(
             due,
-            lambda: preconditioner.build(lambda v: pullback(v)[0], end[0]),
+            lambda: preconditioner.build(*widened(lambda v: pullback(v)[0], end[0])),
             lambda: _tree.vary_like(carry.factor, hparams),
         )
         # Trained once: what is left to do starts from the params that came out.

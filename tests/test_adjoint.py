@@ -85,6 +85,27 @@ def test_bound_holds_without_a_quadratic():
     assert distance(estimate(2, mu).grad, truth) > 1e-3
 
 
+def test_bound_of_members_inside_shard_map():
+    p = problems.ridge(steps=4)
+    response = hj.implicit(
+        hj.unroll(p.inner.step), hj.stationary(p.loss), convexity=convexity_of_ridge()
+    )
+    e = hj.hypergradient(response, p.score, p.inner.init)
+    bound = lambda h: e.estimate(h, e.init(p.params, h), p.split)[0].info.bound
+    settings = p.hparams[None] + 0.01 * jnp.arange(8.0)[:, None]
+    spec = jax.sharding.PartitionSpec("member")
+    mapped = jax.shard_map(
+        jax.vmap(bound), mesh=problems.mesh("member"), in_specs=spec, out_specs=spec
+    )
+    assert error(jit(mapped)(settings), jit(jax.vmap(bound))(settings)) < 1e-12
+
+
+def test_no_bound_is_claimed_across_kinks():
+    optimality = hj.proximal(problems.ridge().loss, hj.prox.non_negative(), 0.1)
+    with pytest.raises(ValueError, match="`convexity` makes no bound for an optimality with kinks"):
+        hj.implicit(hj.unroll(problems.ridge().inner.step), optimality, convexity=1.0)
+
+
 def test_no_bound_is_claimed_without_convexity():
     result, _ = ridge_estimate(5)
     assert np.isinf(result.info.bound)
@@ -127,6 +148,17 @@ def test_a_score_that_asks_for_nothing_is_no_warning():
     result, _ = e.estimate(p.hparams, e.init(p.params, p.hparams), p.split)
     assert np.all(result.info.reached)
     assert error(result.grad, 2 * np.asarray(p.hparams)) < 1e-15
+
+
+def test_a_solve_that_finds_nothing_is_reported():
+    # Negative curvature at once: u = 0, and all that would have come through it is missing.
+    p = problems.ridge(steps=5)
+    negative = lambda w, h, b: jax.tree.map(jnp.negative, jax.grad(p.loss)(w, h, b))
+    response = hj.implicit(hj.unroll(p.inner.step), negative)
+    e = hj.hypergradient(response, p.score, p.inner.init)
+    result, _ = e.estimate(p.hparams, e.init(p.params, p.hparams), p.split)
+    assert result.info.solve.residual == 1 and result.info.solve.curvature < 0
+    assert not np.any(result.info.reached)
 
 
 def test_unconverged_training_is_reported():
@@ -223,8 +255,8 @@ def gradient_errors(estimator, p, outer):
     return errors, carry
 
 
-def truncated(p, maxiter=MAXITER):
-    solve = hj.linsolve.cg(maxiter=maxiter, tol=0)
+def truncated(p, solver=hj.linsolve.cg, maxiter=MAXITER):
+    solve = solver(maxiter=maxiter, tol=0)
     return hj.implicit(hj.unroll(p.inner.step), hj.stationary(p.loss), solve=solve)
 
 
@@ -232,12 +264,35 @@ def test_warm_starts_let_a_truncated_solve_converge():
     p = problems.ridge()
     cold, _ = gradient_errors(hj.hypergradient(truncated(p), p.score, p.inner.init), p, 8)
     warm, carry = gradient_errors(hj.warm_start(truncated(p), p.score, p.inner.init), p, 8)
-    # One product of each solve is spent on the residual of its start, which at first is zero.
-    one, _ = gradient_errors(hj.hypergradient(truncated(p, 1), p.score, p.inner.init), p, 1)
-    assert warm[0] == pytest.approx(one[0], rel=1e-9)
+    # The first start is zero, and its product is not taken from those of the solve.
+    assert warm[0] == pytest.approx(cold[0], rel=1e-9)
     assert cold[-1] > 1e-3
     assert warm[-1] < 0.2 * cold[-1]
     assert carry.adjoint.shape == (problems.FEATURES,)
+
+
+@pytest.mark.parametrize("solver", [hj.linsolve.cg, hj.linsolve.minres, hj.linsolve.gmres])
+def test_one_product_each_is_enough_to_go_on(solver):
+    p = problems.ridge()
+    cold, _ = gradient_errors(
+        hj.hypergradient(truncated(p, solver, 1), p.score, p.inner.init), p, 8
+    )
+    warm, _ = gradient_errors(hj.warm_start(truncated(p, solver, 1), p.score, p.inner.init), p, 8)
+    assert warm[0] == pytest.approx(cold[0], rel=1e-9)
+    assert warm[-1] < 0.5 * cold[-1]
+
+
+def test_derivatives_of_a_warm_start_know_nothing_of_the_start():
+    # Half a series: far from exact, so that a start in the wrong place would show.
+    p = problems.ridge()
+    solve = hj.linsolve.identity(0.6)
+    response = hj.implicit(hj.unroll(p.inner.step), hj.stationary(p.loss), solve=solve)
+    e = hj.warm_start(response, p.score, p.inner.init)
+    carry = e.init(p.params, p.hparams)
+    for _ in range(8):
+        _, carry = jit(e.estimate)(p.hparams, carry, p.split)
+    grad = lambda h: e.estimate(h, carry, p.split)[0].grad
+    assert error(jit(jax.jacfwd(grad))(p.hparams), jit(jax.jacrev(grad))(p.hparams)) < 1e-12
 
 
 def test_a_warm_start_that_diverged_is_dropped():
@@ -263,20 +318,38 @@ def test_a_preconditioner_serves_for_many_estimates():
         p.score,
         p.inner.init,
         preconditioner=exact,
-        solve=lambda q: hj.linsolve.cg(maxiter=2, tol=0, preconditioner=q),
+        solve=lambda q: hj.linsolve.cg(maxiter=1, tol=0, preconditioner=q),
         refresh=4,
     )
     errors, carry = gradient_errors(e, p, 8)
     jax.effects_barrier()
     assert len(builds) == 1 + 2  # one to learn its shapes
     assert carry.age == 8
-    # One product is for the start. Fresh, a step with the exact inverse is exact; aged by three
-    # moves of 0.01 nearly so.
+    # Fresh, one step with the exact inverse is exact; aged by three moves of 0.01 nearly so.
     assert errors[0] < 1e-12 and errors[4] < 1e-12
     assert 1e-12 < max(errors) < 1e-4
     start = e.init(p.params, p.hparams)
     assert jax.tree.map(jnp.shape, carry) == jax.tree.map(jnp.shape, start)
     assert jax.tree.map(jnp.result_type, carry) == jax.tree.map(jnp.result_type, start)
+
+
+@pytest.mark.parametrize("make", ["jacobi", "nystrom_preconditioner"])
+def test_preconditioners_of_half_precision_are_kept_in_float32(make):
+    p = problems.ridge()
+    low = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+    key = jax.random.key(0)
+    q = hj.linsolve.jacobi(key) if make == "jacobi" else hj.linsolve.nystrom_preconditioner(key, 2)
+    inner = hj.inner(p.loss, lambda _: optax.sgd(0.6))
+    response = hj.implicit(hj.unroll(inner.step), hj.stationary(p.loss))
+    solve = lambda q: hj.linsolve.cg(preconditioner=q)
+    e = hj.amortize(response, p.score, inner.init, preconditioner=q, solve=solve, refresh=1)
+    carry = e.init(low(p.params), low(p.hparams))
+    assert {x.dtype for x in jax.tree.leaves(carry.factor)} == {jnp.dtype(jnp.float32)}
+    result, _ = jit(e.estimate)(low(p.hparams), carry, low(p.split))
+    truth = problems.ridge_answers(np.asarray(low(p.hparams), float), p.split).gradient
+    # As for other solves in half precision.
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    assert distance(result.grad, truth) < 16 * eps * np.linalg.norm(truth)
 
 
 def test_memory_goes_through_tune_and_vmap():

@@ -170,8 +170,57 @@ def test_neumann_goes_on_where_it_ended():
     assert info.iterations == 5 + 1  # one for the residual of the start
 
 
+@pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("start", [-1.0, 0.9])
+@pytest.mark.parametrize("name", ["identity", "cg", "minres", "gmres"])
+def test_derivatives_know_nothing_of_the_start(name, start, mode):
+    # Two products are far from enough, so that a start in the tangent system would show.
+    solver = ls.identity(0.1) if name == "identity" else getattr(ls, name)(maxiter=2, tol=0)
+    x0 = start * np.linalg.solve(DEFINITE, B)
+    weights = vector(3, N)
+
+    def value(t, x0):
+        scaled = lambda v: jnp.exp(t) * (DEFINITE @ v)
+        return weights @ ls.linear_solve(solver, scaled, jnp.asarray(B) * (1 + t), x0)[0]
+
+    # d (A^-1 b) = A^-1 (db - dA x), with A^-1 by the solve from zero and x as it is.
+    x = ls.linear_solve(solver, lambda v: DEFINITE @ v, jnp.asarray(B), x0)[0]
+    if mode is jax.jacrev:
+        u = solver(lambda v: DEFINITE @ v, jnp.asarray(weights))[0]
+        expected = u @ (B - DEFINITE @ x)
+    else:
+        expected = weights @ solver(lambda v: DEFINITE @ v, B - DEFINITE @ x)[0]
+    assert error(jit(mode(value))(0.0, x0), expected) < 1e-11
+
+
+def test_one_shot_drops_a_start_that_is_worse_than_none():
+    far = 30 * vector(4, N)
+    x, info = jit(lambda b, x0: ls.identity(0.1)(lambda v: DEFINITE @ v, b, x0))(B, far)
+    assert error(x, 0.1 * B) < 1e-14
+    assert info.iterations == 1
+
+
+@pytest.mark.parametrize("solver", [ls.cg, ls.minres, ls.gmres, ls.dense])
+def test_damping_may_be_traced(solver):
+    x = jit(lambda d: solver(damping=d)(lambda v: DEFINITE @ v, jnp.asarray(B))[0])(0.7)
+    assert error(x, np.linalg.solve(DEFINITE + 0.7 * np.eye(N), B)) < 1e-5  # the default tolerance
+
+
+@pytest.mark.parametrize(
+    ("solver", "others"), [(ls.identity(), []), (ls.dense(), np.diag(DEFINITE))]
+)
+def test_curvature_does_not_overflow(solver, others):
+    # x is of the order 1e25 and its square beyond float32.
+    a = (1e-25 * DEFINITE).astype(np.float32)
+    b = B.astype(np.float32)
+    x, info = solver(lambda v: a @ v, jnp.asarray(b))
+    x = np.asarray(x, float)
+    along = x @ DEFINITE @ x / (x @ x)
+    assert error(info.curvature, 1e-25 * min([along, *others])) < 1e-4
+
+
 def test_one_shot_corrects_its_start():
-    x0 = vector(4, N)
+    x0 = 0.1 * B
     x, info = jit(lambda b, x0: ls.identity(0.1)(lambda v: DEFINITE @ v, b, x0))(B, x0)
     assert error(x, x0 + 0.1 * (B - DEFINITE @ x0)) < 1e-14
     assert error(info.residual, residual(DEFINITE, x, B)) < 1e-12
@@ -236,7 +285,9 @@ def test_damping_is_added_to_the_diagonal():
     ):
         x, info = solve_dense(solver, a, B)
         assert error(x, np.linalg.solve(a + 0.7 * np.eye(N), B)) < 1e-11
-        assert info.residual < 1e-12
+        # That of A itself, so that damping shows.
+        assert error(info.residual, residual(a, x, B)) < 1e-10
+        assert info.residual > 0.1
 
 
 # -------------------------------------------------------------------------------- gmres

@@ -15,14 +15,14 @@ def cg(
     *,
     maxiter: int = 100,
     tol: float | Scalar = 1e-6,
-    damping: float = 0.0,
+    damping: float | Scalar = 0.0,
     preconditioner: Preconditioner | None = None,
 ) -> LinearSolve:
     """Conjugate gradients on (A + damping I) x = b, safe when A is not positive definite.
 
     Args:
-      maxiter: most products with A, not counting those that build the preconditioner; a small
-        number truncates, as is usual in bilevel work.
+      maxiter: most products with A, not counting those that build the preconditioner and the one
+        for a start x0; a small number truncates, as is usual in bilevel work.
       tol: stop when |b - A x| <= tol |b| by the recurrence of the method; the report is exact.
       damping: added to the diagonal, in the units of A.
       preconditioner: `jacobi`, `nystrom_preconditioner` or your own, symmetric and positive
@@ -53,10 +53,11 @@ def cg(
         product = damped(matvec, damping)
         precondition, built = preconditioned(preconditioner, product, unit)
         start = _cg_init(precondition, *start_from(product, unit, size, x0))
-        running = lambda s: (s.steps < maxiter) & (s.rr > tol**2) & ~s.stopped
+        most = maxiter + start.steps  # the start has its product beside
+        running = lambda s: (s.steps < most) & (s.rr > tol**2) & ~s.stopped
         end = lax.while_loop(running, lambda s: _cg_step(product, precondition, s), start)
         x = _tree.where(end.stopped, end.best, end.x)
-        info = SolveInfo(end.steps + built, residual(product, unit, x), end.low)
+        info = SolveInfo(end.steps + built, residual(matvec, unit, x), end.low)
         return _tree.scale(size, x), info
 
     return solve

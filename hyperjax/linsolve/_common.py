@@ -15,6 +15,12 @@ def scaled(b: Params) -> tuple[Scalar, Params]:
     return size, _tree.scale(1 / jnp.where(size > 0, size, 1), b)
 
 
+def widened(matvec: MatVec, b: Params) -> tuple[MatVec, Params]:
+    """The same system with leaves of half precision in float32; products stay in their own."""
+    wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), b)
+    return lambda v: _tree.cast_like(matvec(_tree.cast_like(v, b)), wide), wide
+
+
 def start_from(
     matvec: MatVec, unit: Params, size: Scalar, x0: Params | None
 ) -> tuple[Params, Params, jax.Array]:
@@ -31,9 +37,11 @@ def start_from(
     return _tree.where(better, x, zeros), _tree.where(better, r, unit), count + 1
 
 
-def damped(matvec: MatVec, damping: float) -> MatVec:
+def damped(matvec: MatVec, damping: float | Scalar) -> MatVec:
     """Products with A + damping I."""
-    return (lambda v: _tree.axpy(damping, v, matvec(v))) if damping else matvec
+    if isinstance(damping, int | float) and damping == 0:
+        return matvec
+    return lambda v: _tree.axpy(damping, v, matvec(v))
 
 
 def preconditioned(
@@ -44,6 +52,12 @@ def preconditioned(
         return lambda r: r, 0
     state = preconditioner.build(matvec, like)
     return lambda r: preconditioner.apply(state, r), preconditioner.products
+
+
+def quotient(x: Params, ax: Params) -> Scalar:
+    """x'Ax / x'x, whatever the size of x; inf where x = 0."""
+    size, unit = scaled(x)
+    return jnp.where(size == 0, jnp.inf, _tree.dot(unit, ax) / jnp.where(size == 0, 1, size))
 
 
 def residual(matvec: MatVec, unit: Params, x: Params) -> Scalar:

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from .. import _checks, _tree
-from .._types import LinearSolve, MatVec, Params, SolveInfo
-from ._common import damped, flat, products, scaled
+from .._types import LinearSolve, MatVec, Params, Scalar, SolveInfo
+from ._common import damped, flat, products, quotient, scaled
 
 
 def dense(
     *,
     factor: Literal["cholesky", "lu"] = "cholesky",
-    damping: float = 0.0,
+    damping: float | Scalar = 0.0,
     chunk: int = 256,
 ) -> LinearSolve:
     """Solve (A + damping I) x = b by a factorization of A, which is written out.
@@ -26,7 +26,7 @@ def dense(
     Args:
       factor: "cholesky" for symmetric positive definite A, "lu" for any other that is not singular.
         Where Cholesky meets a matrix that is not positive definite, x and `SolveInfo.residual` are
-        NaN. It looks at the lower triangle alone, so that an A that is not symmetric shows by its
+        NaN. It solves with (A + A') / 2, so that an A that is not symmetric shows by its
         residual.
       damping: added to the diagonal, in the units of A.
       chunk: columns at a time.
@@ -51,11 +51,9 @@ def dense(
         else:
             x = jnp.linalg.solve(a, rhs)
         ax = product(x)
-        xx = x @ x
-        along = jnp.where(xx == 0, jnp.inf, x @ ax / jnp.where(xx == 0, 1, xx))
-        low = jnp.minimum(jnp.min(jnp.diagonal(a)), along)
+        low = jnp.minimum(jnp.min(jnp.diagonal(a)), quotient(x, ax))
         count = (size * 0).astype(jnp.int32) + rhs.size
-        info = SolveInfo(count, jnp.linalg.norm(rhs - ax), low)
+        info = SolveInfo(count, jnp.linalg.norm(rhs - ax + damping * x), low)
         return jax.tree.map(lambda u: (size * u).astype(u.dtype), unravel(x)), info
 
     return solve

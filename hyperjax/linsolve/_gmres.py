@@ -17,7 +17,7 @@ def gmres(
     restart: int = 20,
     maxiter: int = 100,
     tol: float | Scalar = 1e-6,
-    damping: float = 0.0,
+    damping: float | Scalar = 0.0,
     preconditioner: Preconditioner | None = None,
 ) -> LinearSolve:
     """Restarted GMRES on (A + damping I) x = b, for any A: fixed points, whose A is I - J.
@@ -28,8 +28,9 @@ def gmres(
 
     Args:
       restart: products between restarts, at most `maxiter`; `maxiter` where it is larger.
-      maxiter: most products with A, not counting those that build the preconditioner. One at
-        the end of each cycle finds the true residual, and is counted unless it is the last.
+      maxiter: most products with A, not counting those that build the preconditioner and the one
+        for a start x0. One at the end of each cycle finds the true residual, and is counted unless
+        it is the last.
       tol: stop when |b - A x| <= tol |b|.
       damping: added to the diagonal, in the units of A.
       preconditioner: P in A P y = b, x = P y, so that residuals stay those of A; need not be
@@ -60,12 +61,15 @@ def gmres(
         rhs, a, p = ravel_pytree(unit)[0], flat(product, unit), flat(precondition, unit)
         x, r = ravel_pytree(x)[0], ravel_pytree(r)[0]
         start = _Cycle(x, r, _tree.norm(r), count, jnp.inf + _tree.norm(r) * 0, count < 0)
-        running = lambda s: (s.steps < maxiter) & (s.norm > tol) & ~s.stopped
-        cycle = lambda s: _cycle(a, p, rhs, length, maxiter, tol, s)
+        most = maxiter + count  # the start has its product beside
+        running = lambda s: (s.steps < most) & (s.norm > tol) & ~s.stopped
+        cycle = lambda s: _cycle(a, p, rhs, length, most, tol, s)
         end = lax.while_loop(running, cycle, start)
         # The last product of the last cycle was for the report.
         report = (end.steps > count).astype(count.dtype)
-        info = SolveInfo(end.steps - report + built, end.norm, end.low)
+        left = _tree.norm(end.r + damping * end.x)  # of A without damping
+        left = jnp.where(jnp.isnan(end.norm), end.norm, left)
+        info = SolveInfo(end.steps - report + built, left, end.low)
         return _tree.scale(size, unravel(end.x)), info
 
     return solve
@@ -97,12 +101,12 @@ def _cycle(
     precondition: MatVec,
     b: jax.Array,
     length: int,
-    maxiter: int,
+    most: jax.Array,
     tol: float | Scalar,
     s: _Cycle,
 ) -> _Cycle:
     """One run of Arnoldi from the residual of `s.x`, and the true residual where it leads."""
-    budget = maxiter - s.steps
+    budget = most - s.steps
     running = lambda a: (a.j < jnp.minimum(length, budget)) & (a.left > tol) & ~a.stopped
     step = lambda a: _arnoldi(lambda v: matvec(precondition(v)), s.norm, a)
     end = lax.while_loop(running, step, _arnoldi_init(s, length))

@@ -1,11 +1,11 @@
 """A derivative for any solve."""
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from .. import _tree
 from .._types import LinearSolve, MatVec, Params, PyTree, SolveInfo
+from ._common import widened
 
 
 def linear_solve(
@@ -20,25 +20,39 @@ def linear_solve(
     Leaves of half precision are solved for in float32, where inner products and residuals mean
     something; only their products with A are in their own precision.
     """
-    types = jax.tree.map(jnp.result_type, b)
-    wide = jax.tree.map(lambda t: jnp.promote_types(t, jnp.float32), types)
-    if wide != types:
-        cast = lambda tree, to: jax.tree.map(lambda v, t: v.astype(t), tree, to)
-        product = lambda v: cast(matvec(cast(v, types)), wide)
-        start = None if x0 is None else cast(x0, wide)
-        x, info = linear_solve(solve, product, cast(b, wide), start)
-        return cast(x, types), info
+    product, rhs = widened(matvec, b)
+    if x0 is None:
+        x, info = _from_zero(solve, product, rhs)
+    else:
+        x, info = _from(_tree.cast_like(_tree.vary_like(x0, b), rhs), solve, product, rhs)
+    return _tree.cast_like(x, b), info
 
-    def run(matvec, b, x0=None):
-        x, info = solve(matvec, b, x0)
+
+def _from(x0, solve, matvec, b):
+    """As a root of A x = b that is given: where the search begins does not move where it ends.
+
+    Not by a start in `lax.custom_linear_solve`, which would serve for the tangents as well.
+    """
+    product, consts = jax.closure_convert(matvec, b)
+    constants = lax.stop_gradient((b, x0, consts))
+    x, info = lax.stop_gradient(_search(solve, product, *constants))
+    zero = lambda v: _tree.sub(matvec(v), b)
+    tangent_solve = lambda linear, y: _from_zero(solve, linear, y)[0]
+    return lax.custom_root(zero, x, lambda _, guess: guess, tangent_solve), info
+
+
+def _search(solve, product, b, x0, consts):
+    return solve(lambda v: product(v, *consts), b, x0)
+
+
+def _from_zero(solve, matvec, b):
+    def run(matvec, b):
+        x, info = solve(matvec, b, None)
         return x, lax.stop_gradient(info)
 
-    # Where the search begins does not move where it ends.
-    x0 = lax.stop_gradient(_tree.vary_like(x0, b))
     axes = _replicated_axes(b)
     if not axes:
-        first = lambda matvec, b: run(matvec, b, x0)
-        return lax.custom_linear_solve(matvec, b, first, transpose_solve=run, has_aux=True)
+        return lax.custom_linear_solve(matvec, b, run, transpose_solve=run, has_aux=True)
 
     # Inside shard_map the data that `matvec` closes over varies along mesh axes, b and x do not,
     # and lax.custom_linear_solve types its result by everything it closes over. So it is run on
@@ -49,10 +63,8 @@ def linear_solve(
     # A jit keeps its content in one piece with types of its own: when it is lowered, everything
     # that it closes over is said to vary. `solve` may close over a preconditioner.
     product = jax.jit(lambda v: vary(matvec(join(v))))
-    start = None if x0 is None else vary(x0)
-    first = lambda matvec, b: jax.jit(lambda b: run(matvec, b, start))(b)
-    again = lambda matvec, b: jax.jit(lambda b: run(matvec, b))(b)
-    x, info = lax.custom_linear_solve(product, vary(b), first, transpose_solve=again, has_aux=True)
+    whole = lambda matvec, b: jax.jit(lambda b: run(matvec, b))(b)
+    x, info = lax.custom_linear_solve(product, vary(b), whole, transpose_solve=whole, has_aux=True)
     agree = jax.tree.map(lambda v: lax.pmax(lax.stop_gradient(v), axes), info)
     return join(x), agree
 

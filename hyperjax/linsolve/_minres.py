@@ -11,7 +11,9 @@ from .._types import LinearSolve, MatVec, Params, Scalar, SolveInfo
 from ._common import damped, residual, scaled, start_from
 
 
-def minres(*, maxiter: int = 100, tol: float | Scalar = 1e-6, damping: float = 0.0) -> LinearSolve:
+def minres(
+    *, maxiter: int = 100, tol: float | Scalar = 1e-6, damping: float | Scalar = 0.0
+) -> LinearSolve:
     """The x with the smallest |b - (A + damping I) x| in the Krylov space, for symmetric A.
 
     A may be indefinite, as it is at a saddle point. Where it is positive definite, `cg` is nearer
@@ -19,7 +21,7 @@ def minres(*, maxiter: int = 100, tol: float | Scalar = 1e-6, damping: float = 0
     negative curvature there says that the point is no minimum.
 
     Args:
-      maxiter: most products with A.
+      maxiter: most products with A, beside one for the residual of a start x0.
       tol: stop when |b - A x| <= tol |b| by the recurrence of the method; the report is exact.
       damping: added to the diagonal, in the units of A.
 
@@ -43,9 +45,10 @@ def minres(*, maxiter: int = 100, tol: float | Scalar = 1e-6, damping: float = 0
         size, unit = scaled(b)
         product = damped(matvec, damping)
         start = _init(*start_from(product, unit, size, x0))
-        running = lambda s: (s.steps < maxiter) & (jnp.abs(s.phi) > tol) & ~s.stopped
+        most = maxiter + start.steps  # the start has its product beside
+        running = lambda s: (s.steps < most) & (jnp.abs(s.phi) > tol) & ~s.stopped
         end = lax.while_loop(running, lambda s: _step(product, s), start)
-        info = SolveInfo(end.steps, residual(product, unit, end.x), end.low)
+        info = SolveInfo(end.steps, residual(matvec, unit, end.x), end.low)
         return _tree.scale(size, end.x), info
 
     return solve

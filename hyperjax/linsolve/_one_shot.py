@@ -1,34 +1,28 @@
 """Solves without iteration."""
 
-import jax.numpy as jnp
-
 from .. import _checks, _tree
 from .._types import LinearSolve, MatVec, Params, Preconditioner, Scalar, SolveInfo, State
-from ._common import scaled
+from ._common import quotient, scaled, start_from
 
 
 def one_shot(preconditioner: Preconditioner) -> LinearSolve:
     """x = x0 + P (b - A x0) with P the approximation of A^-1.
 
-    Costs what P costs to build, and a product for a start x0 other than None. The residual that
-    is reported is that of A, by one more product. Raises TypeError if `preconditioner` is none.
+    Costs what P costs to build, and a product for a start x0 other than None; one that is worse
+    than zero is replaced by zero. The residual that is reported is that of A, by one more product.
+
+    Raises TypeError if `preconditioner` is none.
     """
     _checks.has_functions("one_shot", "preconditioner", preconditioner, ("build", "apply"))
 
     def solve(matvec: MatVec, b: Params, x0: Params | None = None, /) -> tuple[Params, SolveInfo]:
         size, unit = scaled(b)
         state = preconditioner.build(matvec, unit)
-        count = (size * 0).astype(jnp.int32) + preconditioner.products
-        if x0 is None:
-            x = preconditioner.apply(state, unit)
-        else:
-            start = _tree.scale(1 / jnp.where(size > 0, size, 1), x0)
-            left = _tree.sub(unit, matvec(start))
-            x, count = _tree.axpy(1, start, preconditioner.apply(state, left)), count + 1
+        start, left, count = start_from(matvec, unit, size, x0)
+        x = _tree.axpy(1, preconditioner.apply(state, left), start)
         ax = matvec(x)
-        xx = _tree.dot(x, x)
-        low = jnp.where(xx == 0, jnp.inf, _tree.dot(x, ax) / jnp.where(xx == 0, 1, xx))
-        info = SolveInfo(count, _tree.norm(_tree.sub(unit, ax)), low)
+        left = _tree.norm(_tree.sub(unit, ax))
+        info = SolveInfo(count + preconditioner.products, left, quotient(x, ax))
         return _tree.scale(size, x), info
 
     return solve

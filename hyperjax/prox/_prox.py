@@ -19,7 +19,11 @@ Weight: TypeAlias = Callable[[HParams], PyTree]
 
 
 def lasso(weight: Weight) -> Prox:
-    """Of weight(hparams) |w|_1: soft thresholding. The weight is >= 0."""
+    """Of weight(hparams) |w|_1: soft thresholding.
+
+    The weight has to stay positive, for example as `lambda h: jnp.exp(h["l1"])`: a negative one
+    would expand.
+    """
     _checks.is_callable("lasso", "weight", weight)
 
     def prox(params: Params, hparams: HParams, rate: Scalar | float) -> Params:
@@ -47,7 +51,10 @@ def non_negative() -> Prox:
 
 
 def box(lower: Weight, upper: Weight) -> Prox:
-    """Of the constraint lower(hparams) <= w <= upper(hparams): projection."""
+    """Of the constraint lower(hparams) <= w <= upper(hparams): projection.
+
+    Where lower exceeds upper, w = upper.
+    """
     _checks.is_callable("box", "lower", lower)
     _checks.is_callable("box", "upper", upper)
 
