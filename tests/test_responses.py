@@ -1,7 +1,9 @@
 """Every response gives the hypergradient it promises, wherever it runs."""
 
+import collections
 import functools
 import itertools
+import re
 from typing import Literal
 
 import jax
@@ -428,3 +430,27 @@ def test_adam_without_eps_root_has_a_nan_meta_gradient():
 def test_adam_with_eps_root_has_a_meta_gradient():
     grad, difference = dead_feature(eps_root=1e-8)
     assert abs(grad - difference) < 1e-7
+
+
+def test_unroll_compiles_to_what_one_would_write_by_hand():
+    p = problems.net(steps=10)
+    e = hj.hypergradient(hj.unroll(p.inner.step), p.score, p.inner.init)
+    ours = lambda h, params, split: e.estimate(h, p.inner.init(params, h), split)[0].grad
+
+    def by_hand(h, params, split):
+        def value(h):
+            step = lambda state, batch: (p.inner.step(state, h, batch), None)
+            state, _ = jax.lax.scan(step, p.inner.init(params, h), split.train)
+            return p.score(state.params, h, split.valid)
+
+        return jax.grad(value)(h)
+
+    # Timings never decide a test; the same operations, each as often, take the same time.
+    count = lambda f: collections.Counter(
+        re.findall(r"= [^=]*?\b([a-z-]+)\(", compiled(f, p).as_text())
+    )
+    assert count(ours) == count(by_hand)
+
+
+def compiled(f, p):
+    return jax.jit(f).lower(p.hparams, p.params, p.split).compile()
