@@ -447,7 +447,7 @@ def test_unroll_compiles_to_what_one_would_write_by_hand():
 
     # Timings never decide a test; the same operations, each as often, take the same time.
     count = lambda f: collections.Counter(
-        re.findall(r"= [^=]*?\b([a-z-]+)\(", compiled(f, p).as_text())
+        re.findall(r"= [^=]*?\b([a-z-]+)\(", compiled(f, p).as_text() or "")
     )
     assert count(ours) == count(by_hand)
 
