@@ -111,7 +111,9 @@ def _train(step, hparams, state, batches, ends, clip):
         active = _row(hparams, i)
         scalars = _tree.size(active)
         # Directions of earlier windows leave the active row alone; those of this one begin here.
-        along = jax.tree.map(functools.partial(_pad, front=tangents[0].shape[0]), _units(active))
+        along = jax.tree.map(
+            functools.partial(_pad, front=tangents[0].shape[0]), _tree.units(active)
+        )
         tangents = [_pad(z, back=scalars) for z in tangents]
 
         body = functools.partial(_body, step, batches, clip, active, along)
@@ -161,17 +163,6 @@ def _contract(score, hparams, state, tangents, valid, windows):
     indirect = _schedule(sum(totals), hparams, windows)
     add_last = lambda x, d: x.at[-1].add(d.astype(x.dtype))
     return jax.tree.map(add_last, indirect, direct), value
-
-
-def _units(tree):
-    """The unit directions of a tree of n scalars: leaves [n, *shape]."""
-    leaves, structure = jax.tree.flatten(tree)
-    count, offset, out = _tree.size(tree), 0, []
-    for x in leaves:
-        eye = jnp.eye(count, x.size, -offset, dtype=x.dtype)
-        out.append(_tree.vary_like(eye.reshape(count, *x.shape), x))
-        offset += x.size
-    return structure.unflatten(out)
 
 
 def _schedule(flat, hparams, windows):

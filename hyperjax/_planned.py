@@ -61,8 +61,9 @@ def planned(
     closed-over arrays alone counts once, as C; those themselves lie in memory anyway.
 
     Tests hold the bytes to a factor of three of what XLA allocates beside inputs and outputs. The
-    costs are those of benchmarks/unrolled.py on a CPU: forward mode wins with one scalar, and with
-    two takes 1.2 times as long as reverse mode. Inside vmap the budget is that of one member.
+    costs come from times of benchmarks/unrolled.py on a CPU, with forward mode for one scalar set
+    to 2, and repeat to a tenth: forward mode wins with one scalar, and with two takes 1.1 to 1.2
+    times as long as reverse mode. Inside vmap the budget is that of one member.
 
     `Estimate.info` is the `Plan`: static, so that it passes through jit, scan and vmap.
 

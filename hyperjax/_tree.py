@@ -100,6 +100,17 @@ def size(a: PyTree) -> int:
     return sum(x.size for x in jax.tree.leaves(a))
 
 
+def units(tree: PyTree) -> PyTree:
+    """The unit directions of a tree with n entries: leaves [n, *shape]."""
+    leaves, structure = jax.tree.flatten(tree)
+    count, offset, out = size(tree), 0, []
+    for x in leaves:
+        eye = jnp.eye(count, x.size, -offset, dtype=x.dtype)
+        out.append(vary_like(eye.reshape(count, *x.shape), x))
+        offset += x.size
+    return structure.unflatten(out)
+
+
 def vary_like(tree: PyTree, like: PyTree) -> PyTree:
     """`tree`, typed inside shard_map as varying over every mesh axis that `like` varies over.
 

@@ -27,7 +27,7 @@ class Kind(NamedTuple):
     steps: int = problems.STEPS
 
 
-def _implicit(p, **solve):
+def _implicit(p):
     optimality = hj.stationary(p.loss)
     solver = hj.linsolve.cg(maxiter=20, tol=1e-14)
     return hj.implicit(hj.unroll(p.inner.step), optimality, solve=solver)

@@ -95,7 +95,7 @@ def _shared(case: Case, memory: None) -> Estimate:
 
 
 def _never(case: Case, memory: None) -> Estimate:
-    raise NotImplementedError("always refused")
+    raise AssertionError("this contestant is refused for every task")
 
 
 # ---- when they do not apply --------------------------------------------------------------------

@@ -117,10 +117,7 @@ def _estimator(
 ) -> Estimator:
     """`advance(begins, noise, drawn)` gives the perturbations and weights of this estimate."""
     _common.check_factory(where, response, init, key, chunk)
-    _common.check_scale(where, "sigma", sigma)
-    _checks.positive_int(where, "pairs", pairs)
-    if horizon is not None:
-        _checks.positive_int(where, "horizon", horizon)
+    _check_options(where, pairs, sigma, horizon)
     score = _checks.scalar_loss(where, "score", score)
 
     def start(params: Params, hparams: HParams) -> ParticleState:
@@ -159,6 +156,13 @@ def _estimator(
         return Estimate(scores[0], grad, info), after
 
     return Estimator(start, estimate)
+
+
+def _check_options(where: str, pairs: int, sigma: PyTree, horizon: int | None) -> None:
+    _common.check_scale(where, "sigma", sigma)
+    _checks.positive_int(where, "pairs", pairs)
+    if horizon is not None:
+        _checks.positive_int(where, "horizon", horizon)
 
 
 def _stack(tree: PyTree, count: int) -> PyTree:

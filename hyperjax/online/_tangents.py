@@ -35,7 +35,7 @@ def start(
     """The first state, and how it depends on hparams: not at all for most `init`."""
     hparams = check(where, hparams)
     make = lambda h: _tree.strong(init(params, h))
-    state, tangent = _forward(make, (hparams,), (directions(hparams),))
+    state, tangent = _forward(make, (hparams,), (_tree.units(hparams),))
     if not hasattr(state, "params"):
         raise TypeError(
             f"{where}: `init` must return a state with a field `params`, as `inner` makes it; got "
@@ -52,7 +52,7 @@ def push(
     return _forward(
         lambda s, h: step(_merge(s, rest), h, batch),
         (smooth, hparams),
-        (tangent, directions(hparams)),
+        (tangent, _tree.units(hparams)),
     )
 
 
@@ -61,7 +61,7 @@ def push_apart(
 ) -> tuple[State, Tangent, Tangent]:
     """One step with A Z and B by themselves."""
     smooth, rest = _partition(state)
-    after, newest = _forward(lambda h: step(state, h, batch), (hparams,), (directions(hparams),))
+    after, newest = _forward(lambda h: step(state, h, batch), (hparams,), (_tree.units(hparams),))
     _, carried = _forward(lambda s: step(_merge(s, rest), hparams, batch), (smooth,), (tangent,))
     return after, carried, newest
 
@@ -87,12 +87,6 @@ def score_slopes(
 def along(slope: Params, tangent: Tangent) -> jax.Array:
     """<slope, Z> by rows: [N]."""
     return jax.vmap(lambda z: _tree.dot(z, slope))(tangent.params)
-
-
-def directions(hparams: HParams) -> HParams:
-    """The unit directions: leaves [N, ...]."""
-    rows = _tree.vary_like(jnp.eye(_tree.size(hparams)), hparams)
-    return jax.vmap(lambda row: unflatten(row, hparams))(rows)
 
 
 def unflatten(row: jax.Array, hparams: HParams) -> HParams:
