@@ -1,10 +1,17 @@
 """What every test may assume: float64, no silent broadcasting, eight CPU devices, fixed seeds."""
 
+import os
 import random
 
 import jax
 import numpy as np
 import pytest
+
+# Tests wait for the compiler, not for what it makes: a third of the time without its optimizations.
+# `XLA_FLAGS= pytest` runs what users run, as CI does with the wheel and with the notebooks.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 
 # Set at import, since a backend keeps the settings it started with. Eight devices make sharding
 # real on any machine; float64 leaves room to tell an exact method from a nearly exact one.
