@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,39 @@ def take(tree: PyTree, index: jax.Array) -> PyTree:
     """Rows `index` of every leaf: [P, ...] and [Q] to [Q, ...]."""
     # NumPy arrays cannot be indexed by what is traced.
     return jax.tree.map(lambda x: jnp.asarray(x)[index], tree)
+
+
+def replace_at(where: Callable[[PyTree], PyTree], tree: PyTree, value: PyTree) -> PyTree:
+    """`tree` with `value` for the part that `where(tree)` selects, such as `lambda s: s.params`.
+
+    Raises ValueError if `where` does anything but select, or selects a leaf twice, or if `value`
+    has another structure than what is selected.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    # Selected among positions: leaves may be equal, or one and the same array.
+    places = [_Place(i) for i in range(len(leaves))]
+    chosen, inside = jax.tree.flatten(where(structure.unflatten(places)))
+    known = [p.position for p in chosen if isinstance(p, _Place)]
+    if len(known) < len(chosen) or len(set(known)) < len(known):
+        raise ValueError(
+            "replace_at: `where` must select parts of the tree, each once, without computing "
+            f"anything; got {', '.join(type(p).__name__ for p in chosen)}."
+        )
+    if jax.tree.structure(value) != inside:
+        raise ValueError(
+            f"replace_at: the value must have the structure of what `where` selects; got "
+            f"{jax.tree.structure(value)}, expected {inside}."
+        )
+    for position, x in zip(known, jax.tree.leaves(value), strict=True):
+        leaves[position] = x
+    return structure.unflatten(leaves)
+
+
+class _Place:
+    """A leaf that knows where it is, and nothing else."""
+
+    def __init__(self, position: int):
+        self.position = position
 
 
 def size(a: PyTree) -> int:
