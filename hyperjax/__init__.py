@@ -9,6 +9,7 @@ from . import hypernet as hypernet
 from . import linsolve as linsolve
 from . import online as online
 from . import prox as prox
+from . import search as search
 from ._best_response import best_response as best_response
 from ._doubly_robust import DoublyRobustResponse as DoublyRobustResponse
 from ._doubly_robust import RobustAdjoint as RobustAdjoint

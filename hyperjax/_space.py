@@ -17,6 +17,8 @@ from . import _checks
 from ._ranges import Range
 from ._types import HParams, Key, Loss, PyTree
 
+_INSIDE = 1e-6, 1 - 1e-6  # of (0, 1), at whose ends the quantile is infinite
+
 
 @dataclass(frozen=True)
 class Space:
@@ -62,9 +64,24 @@ class Space:
         """Raw values of one random setting; vmap over keys for many."""
         leaves, tree = jax.tree.flatten(self.ranges)
         keys = jax.random.split(key, len(leaves))
-        # Half a spacing away from 0 and 1, where the quantile is infinite.
-        draw = lambda k, r: jax.random.uniform(k, r.shape, float, minval=1e-6, maxval=1 - 1e-6)
+        low, high = _INSIDE
+        draw = lambda k, r: jax.random.uniform(k, r.shape, float, minval=low, maxval=high)
         return tree.unflatten([r.quantile(draw(k, r)) for k, r in zip(keys, leaves, strict=True)])
+
+    def from_unit(self, points: jax.Array) -> HParams:
+        """Raw values at points of the unit cube, [..., D] to leaves [..., *shape].
+
+        A coordinate is the quantile of its scalar, in the order of `names`, so that uniform points
+        are draws of `sample`. It is kept 1e-6 away from 0 and 1, where the quantile is infinite;
+        NaN stays NaN. Raises ValueError unless the last axis has one entry per scalar.
+        """
+        if jnp.ndim(points) < 1 or jnp.shape(points)[-1] != len(self.names):
+            raise ValueError(
+                f"from_unit: expected `points` [..., {len(self.names)}], one column per scalar; "
+                f"got {_checks.describe(points)}."
+            )
+        inside = jnp.clip(jnp.asarray(points, jnp.result_type(points, float)), *_INSIDE)
+        return self._split(inside, lambda r, block: r.quantile(block))
 
     def grid(self, points: int) -> HParams:
         """Raw values of the full factorial grid: leaves [N, ...], N = points ** D for D scalars.

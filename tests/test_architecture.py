@@ -43,6 +43,7 @@ LAYERS = (
     ("_tuner",),
     ("bilevel", "continual"),
     ("_population",),
+    ("search",),
     ("exchange",),
     ("hyperjax",),
     ("tasks",),

@@ -338,3 +338,47 @@ def test_integers_and_choices_have_no_derivative():
 def test_integers_and_choices_refuse(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# --------------------------------------------------------------------------- the unit cube
+
+
+def test_points_of_the_unit_cube_are_quantiles():
+    space = mixed()
+    u = jnp.linspace(0.05, 0.95, len(space.names))
+    raw = space.from_unit(u)
+    values = space.ravel(space.constrain(raw))
+    # Of a log-uniform and of a uniform range the quantile has a closed form.
+    at = {name: i for i, name in enumerate(space.names)}
+    rate = jnp.exp(jnp.log(1e-4) * (1 - u[at["lr"]]))
+    assert error(values[at["lr"]], rate) < 1e-12
+    for name in ("aug.mix[0,0]", "aug.mix[1,0]"):
+        assert error(values[at[name]], u[at[name]]) < 1e-12
+    # `real` and `positive` are standard normal, whose distribution function is another routine.
+    normal = jax.scipy.special.ndtr(space.ravel(raw)[at["aug.angle"]])
+    assert error(normal, u[at["aug.angle"]]) < 1e-12
+
+
+def test_points_of_the_unit_cube_in_batches_and_at_its_corners():
+    space = mixed()
+    dim = len(space.names)
+    corners = jnp.stack([jnp.zeros(dim), jnp.ones(dim)])
+    raw = jit(space.from_unit)(corners[None])
+    assert raw["l2"].shape == (1, 2, 3) and raw["aug"]["mix"].shape == (1, 2, 2, 2)
+    assert jnp.all(jnp.isfinite(space.ravel(raw)))
+    assert error(raw["l2"][0, 1], space.from_unit(corners[1])["l2"]) < 1e-15
+    assert jnp.all(jnp.isnan(space.ravel(space.from_unit(jnp.full(dim, jnp.nan)))))
+
+
+def test_a_grid_is_the_middles_of_the_unit_cube():
+    space = hj.space({"a": hj.loguniform(0.1, 1.0), "n": hj.integers(1, 12)})
+    middles = (jnp.stack(jnp.meshgrid(*[jnp.arange(3)] * 2, indexing="ij"), -1) + 0.5) / 3
+    assert (
+        error(space.ravel(space.grid(3)), space.ravel(space.from_unit(middles.reshape(9, 2))))
+        < 1e-15
+    )
+
+
+def test_points_of_another_width_are_refused():
+    with pytest.raises(ValueError, match=r"from_unit: expected `points` \[\.\.\., 9\]"):
+        mixed().from_unit(jnp.zeros((4, 3)))
