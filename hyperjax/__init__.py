@@ -7,7 +7,9 @@ from . import exchange as exchange
 from . import guarded as guarded
 from . import hypernet as hypernet
 from . import linsolve as linsolve
+from . import merge as merge
 from . import online as online
+from . import protocol as protocol
 from . import prox as prox
 from . import search as search
 from ._best_response import best_response as best_response
