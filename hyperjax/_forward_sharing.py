@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _checks, _tree
-from ._treeverse import inexact, merge
+from ._treeverse import inexact, refill
 from ._types import Batch, Carry, Estimate, Estimator, HParams, Loss, Params, Split, State
 
 Step = Callable[[State, HParams, Batch], State]
@@ -141,7 +141,7 @@ def _push(step, state, tangents, hparams, along, batch):
     """One step of the state, and of all its tangents at once."""
 
     def on_inexact(parts, h):
-        after = step(merge(parts, state), h, batch)
+        after = step(refill(parts, state), h, batch)
         return inexact(after), after
 
     def push(z, dh):
@@ -155,7 +155,7 @@ def _push(step, state, tangents, hparams, along, batch):
 def _contract(score, hparams, state, tangents, valid, windows):
     """The gradient of the score in the schedule, direct term included, and the score."""
     last = _row(hparams, windows - 1)
-    slope = lambda parts, h: score(merge(parts, state).params, h, valid)
+    slope = lambda parts, h: score(refill(parts, state).params, h, valid)
     value, (through, direct) = jax.value_and_grad(slope, argnums=(0, 1))(inexact(state), last)
     flat = lambda x, n: x.reshape(n, -1)
     count = tangents[0].shape[0]

@@ -9,7 +9,7 @@ import jax
 
 from . import _checks, _tree
 from ._estimators import hypergradient
-from ._treeverse import inexact, merge, snapshots_for
+from ._treeverse import inexact, refill, snapshots_for
 from ._types import Batch, Carry, Estimate, Estimator, HParams, Loss, Params, Split, State
 from ._unroll import unroll
 
@@ -134,7 +134,7 @@ def _record(step, hparams, carry, batches) -> _Record:
 
     def residuals(hparams, state, batch):
         def on_inexact(parts, h):
-            return inexact(step(merge(parts, state), h, batch))
+            return inexact(step(refill(parts, state), h, batch))
 
         return jax.tree.leaves(jax.vjp(on_inexact, inexact(state), hparams)[1])
 

@@ -159,7 +159,7 @@ def step_vjp(step, state, hparams, batch, consts, cotangents: list):
     inputs = (state, hparams, batch, consts)
 
     def on_inexact(*parts):
-        full = [merge(part, whole) for part, whole in zip(parts, inputs, strict=True)]
+        full = [refill(part, whole) for part, whole in zip(parts, inputs, strict=True)]
         return inexact(step(*full[:3], *full[3]))
 
     _, pullback = jax.vjp(on_inexact, *map(inexact, inputs))
@@ -175,7 +175,7 @@ def inexact(tree: PyTree) -> list:
     return [x for x in jax.tree.leaves(tree) if _is_inexact(x)]
 
 
-def merge(part: list, whole: PyTree) -> PyTree:
+def refill(part: list, whole: PyTree) -> PyTree:
     """`whole` with its inexact leaves replaced by `part`."""
     values = iter(part)
     return jax.tree.map(lambda x: next(values) if _is_inexact(x) else x, whole)
