@@ -29,6 +29,7 @@ LAYERS = (
         "_space",
         "_inner",
         "linsolve",
+        "_gaussian_process",
         "guarded",
         "prox",
         "merge",
