@@ -1,4 +1,4 @@
-"""Gaussian processes: against dense NumPy, finite differences, numerical integrals, known moments."""
+"""Gaussian processes against dense NumPy, finite differences, integrals and known moments."""
 
 import jax
 import jax.numpy as jnp
