@@ -6,6 +6,7 @@ from . import evolution as evolution
 from . import exchange as exchange
 from . import guarded as guarded
 from . import hypernet as hypernet
+from . import layers as layers
 from . import linsolve as linsolve
 from . import merge as merge
 from . import online as online
@@ -13,6 +14,9 @@ from . import protocol as protocol
 from . import prox as prox
 from . import search as search
 from ._best_response import best_response as best_response
+from ._buckets import Bucket as Bucket
+from ._buckets import buckets as buckets
+from ._buckets import unbucket as unbucket
 from ._doubly_robust import DoublyRobustResponse as DoublyRobustResponse
 from ._doubly_robust import RobustAdjoint as RobustAdjoint
 from ._doubly_robust import RobustInfo as RobustInfo
@@ -24,6 +28,10 @@ from ._estimators import score_only as score_only
 from ._fixed_point import FixedPoint as FixedPoint
 from ._fixed_point import fixed_point as fixed_point
 from ._fixed_point import iterate as iterate
+from ._forecast import Forecast as Forecast
+from ._forecast import Fit as Fit
+from ._forecast import forecast as forecast
+from ._forecast import largest_fit as largest_fit
 from ._forward_sharing import SharingInfo as SharingInfo
 from ._forward_sharing import forward_sharing as forward_sharing
 from ._implicit import Adjoint as Adjoint
@@ -35,9 +43,13 @@ from ._inner import Inner as Inner
 from ._inner import InnerState as InnerState
 from ._inner import inner as inner
 from ._inner import stationary as stationary
+from ._layout import FastestChunk as FastestChunk
+from ._layout import Layout as Layout
+from ._layout import fastest_chunk as fastest_chunk
 from ._planned import Option as Option
 from ._planned import Plan as Plan
 from ._planned import planned as planned
+from ._population import Limit as Limit
 from ._population import PopulationMetrics as PopulationMetrics
 from ._population import PopulationState as PopulationState
 from ._population import population as population
@@ -54,8 +66,10 @@ from ._reversible import Reversible as Reversible
 from ._reversible import ReversibleInfo as ReversibleInfo
 from ._reversible import ReversibleState as ReversibleState
 from ._reversible import reversible as reversible
+from ._schedule import schedule as schedule
 from ._space import Space as Space
 from ._space import space as space
+from ._training_loss import training_loss as training_loss
 from ._tuner import Metrics as Metrics
 from ._tuner import TunerState as TunerState
 from ._tuner import repeat as repeat
