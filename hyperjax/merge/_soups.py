@@ -89,16 +89,15 @@ def greedy(
     members = cleaned(members, used)
     checked = _checks.scalar_loss("greedy", "score", lambda params, hparams, batch: score(params))
     scored = lambda params: checked(params, (), ())
-    if scores is None:
-        scores = lax.map(scored, members)
-    elif jnp.shape(scores) != used.shape:
+    alone = lax.map(scored, members) if scores is None else scores
+    if jnp.shape(alone) != used.shape:
         raise ValueError(
             f"greedy: `scores` must be one number per member, {used.shape}; got "
-            f"{_checks.describe(scores)}."
+            f"{_checks.describe(alone)}."
         )
-    used = used & jnp.isfinite(scores)
-    scores = jnp.where(used, scores, jnp.nan)
-    order = jnp.argsort(jnp.where(used, scores, jnp.inf), stable=True).astype(jnp.int32)
+    used = used & jnp.isfinite(alone)
+    alone = jnp.where(used, alone, jnp.nan)
+    order = jnp.argsort(jnp.where(used, alone, jnp.inf), stable=True).astype(jnp.int32)
     like = _tree.take(members, jnp.zeros((), jnp.int32))
 
     def taste(carry, index):
@@ -114,13 +113,13 @@ def greedy(
         return (mean, count + added, jnp.where(added, got, best)), (added, got)
 
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), like)
-    start = (empty, jnp.zeros((), jnp.int32), jnp.asarray(jnp.nan, scores.dtype))
-    start = _tree.vary_like(start, (members, scores))
+    start = (empty, jnp.zeros((), jnp.int32), jnp.asarray(jnp.nan, alone.dtype))
+    start = _tree.vary_like(start, (members, alone))
     (mean, count, best), (added, tried) = lax.scan(taste, start, order)
-    weights = jnp.zeros(scores.shape, scores.dtype).at[order].set(added / jnp.maximum(count, 1))
+    weights = jnp.zeros(alone.shape, alone.dtype).at[order].set(added / jnp.maximum(count, 1))
     tried = jnp.where(used[order], tried, jnp.nan)
     params = broken(_tree.cast_like(mean, like), count > 0)
-    return Soup(params, weights, ~used, GreedyInfo(best, scores, order, tried))
+    return Soup(params, weights, ~used, GreedyInfo(best, alone, order, tried))
 
 
 def mix(members: Params, mixing: PyTree, mask: jax.Array | None = None) -> Params:
@@ -150,7 +149,7 @@ def learned(
     per: str = "tensor",
     mask: jax.Array | None = None,
 ) -> Soup:
-    """Coefficients learnt by gradient descent on held-out data (appendix I of the paper).
+    """Coefficients learnt by gradient descent on held-out data: the paper's learned soup.
 
     Args:
       members: leaves [P, ...].
@@ -188,11 +187,14 @@ def learned(
         recipe, state = carry
         value, grad = jax.value_and_grad(checked)(recipe, (), batch)
         updates, state = optimizer.update(grad, state, recipe)
-        return (optax.apply_updates(recipe, updates), state), value
+        moved: PyTree = optax.apply_updates(recipe, updates)
+        return (moved, state), value
 
-    recipe = _tree.vary_like((mixing, zero), (members, batches))
+    recipe = mixing, zero
     start = _tree.strong((recipe, optimizer.init(recipe)))
-    ((mixing, log_factor), _), losses = lax.scan(step, _tree.vary_like(start, members), batches)
+    start = _tree.vary_like(start, (members, batches))
+    (recipe, _), losses = lax.scan(step, start, batches)
+    mixing, log_factor = recipe
     weights = shares(members, mixing, used)
     params = broken(jax.tree.map(_average, members, weights), used.any())
     info = LearnedInfo(jnp.exp(log_factor), losses, jnp.all(jnp.isfinite(losses)))

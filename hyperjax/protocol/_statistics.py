@@ -19,7 +19,7 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
-    count: int  # values it rests on
+    size: int  # how many values it rests on
 
 
 class Comparison(NamedTuple):
@@ -116,7 +116,7 @@ def compare(
     if d.any():
         rng = np.random.default_rng(seed)
         flip = _sign_flip(d, resamples, rng)
-        ranks = float(stats.wilcoxon(d).pvalue)
+        ranks = float(stats.wilcoxon(d)[1])
     gap = interval(d, level=level, method=method, resamples=resamples, seed=seed)
     return Comparison(gap, flip, ranks, int((d < 0).sum()), int((d == 0).sum()), int((d > 0).sum()))
 

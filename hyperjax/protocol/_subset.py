@@ -9,7 +9,6 @@ from scipy import stats
 
 from .. import _checks
 
-
 _ROUNDING = 1e-4  # of counts in float32
 
 
@@ -52,8 +51,8 @@ def representative(points: ArrayLike, size: int, *, restarts: int = 100, seed: i
     """The subset of `size` points of the smallest star discrepancy that a local search finds.
 
     From `restarts` random subsets, the swap of one task for another that lowers the largest
-    differences most is made until none does. Boxes end at coordinates of points, at most n^d of them, d small: three columns and
-    60 tasks take seconds. Host function; deterministic for a seed.
+    differences most is made until none does. Boxes end at coordinates of points, up to n^d of
+    them, so d must be small: three columns and 60 tasks take seconds. For the host.
 
     Raises ValueError unless 1 <= size < n.
     """
