@@ -28,8 +28,8 @@ from ._estimators import score_only as score_only
 from ._fixed_point import FixedPoint as FixedPoint
 from ._fixed_point import fixed_point as fixed_point
 from ._fixed_point import iterate as iterate
-from ._forecast import Forecast as Forecast
 from ._forecast import Fit as Fit
+from ._forecast import Forecast as Forecast
 from ._forecast import forecast as forecast
 from ._forecast import largest_fit as largest_fit
 from ._forward_sharing import SharingInfo as SharingInfo

@@ -6,22 +6,20 @@ two products of the whole batch with one matrix each: no weight per example is e
 """
 
 import math
-import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from hyperjax.kernels import gated_dense
 
 from .. import _checks
-from ._convolve import Pads, convolver, extent
+from ..layers._convolve import convolver
+from ..layers._windows import Padding, Windows, extent, pads_of, per_axis
 from ._rules import Gated, Weight, materialize
 
-Padding: TypeAlias = str | Sequence[tuple[int, int]]
 Implementation: TypeAlias = Literal["auto", "xla", "patches"]
 
 
@@ -96,13 +94,14 @@ def conv(
     lead = x.shape[: x.ndim - space - 1]
     images = jnp.reshape(x, (math.prod(lead), *x.shape[len(lead) :]))
     window = _shape(weight)[:space]
-    strides = _per_axis("strides", strides, space)
-    dilation = _per_axis("dilation", dilation, space)
-    pads = _pads(padding, images.shape[1:-1], extent(window, dilation), strides)
+    strides = per_axis("conv", "strides", strides, space)
+    dilation = per_axis("conv", "dilation", dilation, space)
+    pads = pads_of("conv", padding, images.shape[1:-1], extent(window, dilation), strides)
     patches = implementation == "patches" or (
         implementation == "auto" and groups == 1 and jax.default_backend() == "cpu"
     )
-    product = convolver(images, window, strides, pads, dilation, groups, patches)
+    windows = Windows(window, strides, pads, dilation, (1,) * space)
+    product = convolver(images, windows, groups, "patches" if patches else "xla")
     y = _linear(product, weight, space + 2)
     return _add(jnp.reshape(y, (*lead, *y.shape[1:])), bias)
 
@@ -176,44 +175,6 @@ def _add(y: jax.Array, bias: Weight | None) -> jax.Array:
         return y
     row = materialize(bias)
     return y + jnp.reshape(row, (1,) * (y.ndim - 1) + row.shape)
-
-
-def _per_axis(name: str, value: int | Sequence[int], space: int) -> tuple[int, ...]:
-    given: Any = value if np.ndim(value) else (value,) * space
-    try:
-        values = tuple(operator.index(v) for v in given)
-    except TypeError:
-        values = ()
-    if len(values) != space or min(values) < 1:
-        raise ValueError(
-            f"conv: `{name}` is {value!r}, expected an integer >= 1 or {space} of them, one for "
-            "each dimension of the window."
-        )
-    return values
-
-
-def _pads(padding: Padding, sizes: Sequence[int], extents: list[int], strides) -> Pads:
-    """A pair for each dimension, so that the window fits at least once."""
-    try:
-        if isinstance(padding, str):
-            pads = lax.padtype_to_pads(sizes, extents, strides, padding)
-        else:
-            pads = [(operator.index(low), operator.index(high)) for low, high in padding]
-    except (TypeError, ValueError, RuntimeError):
-        pads = []
-    named = ("SAME", "SAME_LOWER", "VALID")
-    if len(pads) != len(sizes) or (isinstance(padding, str) and padding not in named):
-        raise ValueError(
-            f"conv: `padding` is {padding!r}, expected one of {', '.join(map(repr, named))}, or "
-            f"{len(sizes)} pairs of integers, one for each dimension of the window."
-        )
-    padded = [n + low + high for n, (low, high) in zip(sizes, pads, strict=True)]
-    if any(n < e for n, e in zip(padded, extents, strict=True)):
-        raise ValueError(
-            f"conv: the window reaches over {tuple(extents)}, further than `x` with its padding, "
-            f"{tuple(padded)}: nothing would come out. Pad more, or take a smaller window."
-        )
-    return pads
 
 
 def _shape(weight: Weight) -> tuple[int, ...]:
