@@ -22,8 +22,8 @@ def schedule(
         optimizer = optax.adam(hj.schedule(found, every=inner_steps))
 
     "constant" holds values[k] for the steps k `every` <= count < (k + 1) `every`, which is how they
-    were in force: with it, plain training equals `replay` bit for bit. "linear" passes through
-    values[k] at count k `every`. After the last entry both hold it.
+    were in force: plain training then equals `replay` of the same values bit for bit. "linear"
+    passes through values[k] at count k `every`. After the last entry both hold it.
 
     `values` may be a pytree; the schedule then gives a tree. Values, `every` and the count may be
     traced, and the schedule has derivatives in the values. Raises ValueError for values without a

@@ -45,17 +45,17 @@ def plain(optimizer, params, batches):
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_plain_training_by_a_schedule_is_replay_bit_for_bit(name):
-    # The same products of the same numbers in the same order: nothing is left to round.
+    # The same products of the same numbers in the same order: nothing is left to round. The rates
+    # are made beforehand, as a bijector rounds one number and a vector of them differently.
     params, raw, batches = problem()
     make = getattr(optax, name)
-    training = hj.inner(loss, lambda h: make(SPACE.constrain(h)["lr"]))
-    replayed = jit(lambda: hj.replay(training, params, raw, batches))()
-    rates = lambda h: hj.schedule(SPACE.constrain(h)["lr"], INNER)
-    trained = jit(lambda: plain(make(rates(raw)), params, batches))()
+    found = SPACE.constrain(raw)
+    training = hj.inner(loss, lambda h: make(h["lr"]))
+    replayed = jit(lambda h: hj.replay(training, params, h, batches))(found)
+    train = jit(lambda h: plain(make(hj.schedule(h, INNER)), params, batches))
+    trained, moved = train(found["lr"]), train(jnp.roll(found["lr"], 1))
     for a, b in zip(jax.tree.leaves(replayed), jax.tree.leaves(trained), strict=True):
         np.testing.assert_array_equal(a, b)
-    later = jax.tree.map(lambda x: jnp.roll(x, 1), raw)
-    moved = jit(lambda: plain(make(rates(later)), params, batches))()
     assert np.any(np.asarray(moved["a"]) != np.asarray(trained["a"]))
 
 
