@@ -12,12 +12,13 @@ from ._types import Search
 
 BEST, RECENT = 5, 20
 Advisor = Callable[[dict[str, Any]], Any]
+Trial = tuple[np.ndarray, float]
 
 
 class AdvisedState(NamedTuple):
     search: State
-    points: np.ndarray  # [T, D], every trial told
-    scores: np.ndarray  # [T]
+    best: tuple[Trial, ...]  # the best trials, best first
+    recent: tuple[Trial, ...]  # the latest, oldest first
     asked: int
     far: np.ndarray  # bool [N]: of the latest points, overrides too far off to be told
     overridden: int
@@ -63,7 +64,7 @@ def advised(
 
     def init(key: Key) -> AdvisedState:
         none = np.zeros(0, bool)
-        return AdvisedState(search.init(key), np.zeros((0, 0)), np.zeros(0), 0, none, 0, 0)
+        return AdvisedState(search.init(key), (), (), 0, none, 0, 0)
 
     def ask(state: AdvisedState) -> tuple[Any, AdvisedState]:
         points, inner = search.ask(state.search)
@@ -74,7 +75,7 @@ def advised(
             if turn < 0 or turn % every:
                 continue
             shape = distribution(inner)
-            advice = advisor(_facts(shape, points[row], state.points, state.scores))
+            advice = advisor(_facts(shape, points[row], state))
             if advice is not None:
                 points[row] = _checked(advice, points.shape[1])
                 far[row] = reach is not None and _distance(shape, points[row]) > reach
@@ -84,26 +85,27 @@ def advised(
 
     def tell(state: AdvisedState, points, scores) -> AdvisedState:
         points, scores = np.asarray(points, np.float64), np.asarray(scores, np.float64)
+        told = list(zip(points.copy(), map(float, scores), strict=True))
+        finite = [*state.best, *(row for row in told if np.isfinite(row[1]))]
         near = ~state.far
         inner = search.tell(state.search, points[near], scores[near]) if near.any() else None
         return state._replace(
             search=state.search if inner is None else inner,
-            points=np.concatenate([state.points.reshape(-1, points.shape[1]), points]),
-            scores=np.concatenate([state.scores, scores]),
+            best=tuple(sorted(finite, key=lambda row: row[1])[:BEST]),
+            recent=(*state.recent, *told)[-RECENT:],
             withheld=state.withheld + int(state.far.sum()),
         )
 
     return Search(init, ask, tell)
 
 
-def _facts(shape: Distribution, proposal, points, scores) -> dict[str, Any]:
-    listed = [(x.copy(), float(y)) for x, y in zip(points, scores, strict=True)]
-    finite = [row for row in listed if np.isfinite(row[1])]
+def _facts(shape: Distribution, proposal: np.ndarray, state: AdvisedState) -> dict[str, Any]:
+    copied = lambda rows: [(x.copy(), y) for x, y in rows]
     return {
         **shape._asdict(),
         "proposal": proposal.copy(),
-        "best": sorted(finite, key=lambda row: row[1])[:BEST],
-        "recent": listed[-RECENT:],
+        "best": copied(state.best),
+        "recent": copied(state.recent),
     }
 
 
