@@ -131,9 +131,9 @@ def _evolve(key: Key, pools, level: int, now: Round, factor: float, crossover: f
         fill, pick, cross, forced, redraw = jax.random.split(key, 5)
         pool = best
         if extra:
-            more = jax.random.choice(fill, everybody, (extra,), replace=False)
-            pool = jnp.concatenate([best, more])
-        a, b, c = jax.random.choice(pick, pool, (3,), replace=False)
+            rows = jax.random.randint(fill, (extra,), 0, len(everybody))
+            pool = jnp.concatenate([best, everybody[rows]])
+        a, b, c = pool[_three(pick, len(pool))]
         mutant = a + factor * (b - c)
         mixed = jax.random.uniform(cross, parent.shape) < crossover
         mixed = mixed.at[jax.random.randint(forced, (), 0, parent.size)].set(True)
@@ -143,3 +143,16 @@ def _evolve(key: Key, pools, level: int, now: Round, factor: float, crossover: f
 
     keys = jax.random.split(key, now.members)
     return jax.vmap(child)(keys, own.points[_parents(own, now.members)])
+
+
+def _three(key: Key, size: int) -> jax.Array:
+    """Three different rows out of `size`, uniformly, without a sort."""
+    first, second, third = (
+        jax.random.randint(k, (), 0, size - i) for i, k in enumerate(jax.random.split(key, 3))
+    )
+    # The second counts past the first, the third past both of them.
+    second = second + (second >= first)
+    low, high = jnp.minimum(first, second), jnp.maximum(first, second)
+    third = third + (third >= low)
+    third = third + (third >= high)
+    return jnp.stack([first, second, third])
