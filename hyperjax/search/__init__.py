@@ -5,6 +5,8 @@ from ._advisor import advised as advised
 from ._asha import AshaMetrics as AshaMetrics
 from ._asha import AshaState as AshaState
 from ._asha import asha as asha
+from ._bayesian import BayesianState as BayesianState
+from ._bayesian import bayesian as bayesian
 from ._cma import CmaState as CmaState
 from ._cma import Distribution as Distribution
 from ._cma import cmaes_distribution as cmaes_distribution
