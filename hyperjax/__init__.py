@@ -67,6 +67,10 @@ from ._reversible import ReversibleInfo as ReversibleInfo
 from ._reversible import ReversibleState as ReversibleState
 from ._reversible import reversible as reversible
 from ._schedule import schedule as schedule
+from ._secant import SecantCarry as SecantCarry
+from ._secant import SecantInfo as SecantInfo
+from ._secant import secant as secant
+from ._secant import secant_gradient as secant_gradient
 from ._space import Space as Space
 from ._space import space as space
 from ._training_loss import training_loss as training_loss
