@@ -133,7 +133,7 @@ def differential_evolution(
             state.key,
             jnp.where(taken[:, None], points, state.points).astype(state.points.dtype),
             jnp.where(taken, scores, state.scores),
-            jnp.ones_like(state.started),
+            state.started | True,  # as varied as it was, inside shard_map
         )
 
     return Search(init, ask, tell)
