@@ -1,9 +1,9 @@
-"""Offsets of replicas around a common centre: symmetric, evenly spaced, permuted."""
+"""Replicas around a common centre: symmetric offsets, and means without the diverged."""
 
 import jax
 import jax.numpy as jnp
 
-from ._types import HParams, Key
+from ._types import HParams, Key, PyTree
 
 
 def offsets(key: Key, size: int, like: HParams) -> HParams:
@@ -24,3 +24,27 @@ def offsets(key: Key, size: int, like: HParams) -> HParams:
         return table.reshape(size, *jnp.shape(x)).astype(jnp.result_type(x))
 
     return tree.unflatten([one(k, x) for k, x in zip(keys, leaves, strict=True)])
+
+
+def average(tree: PyTree, keep: jax.Array) -> PyTree:
+    """Every row [P, ...] becomes the mean of those to keep; the tree itself if there are none.
+
+    The mean of equal rows is that row, bit for bit: it is one of them plus what others differ by.
+    """
+    first = jnp.argmax(keep)
+
+    def one(x):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        near = wide[first]
+        mean = near + masked_mean(keep, wide - near[None])
+        return jnp.where(keep.any(), jnp.broadcast_to(mean, x.shape), wide).astype(x.dtype)
+
+    return jax.tree.map(one, tree)
+
+
+def masked_mean(keep, x):
+    """Mean over the leading axis of the rows kept; 0 without any."""
+    keep = keep.reshape(keep.shape + (1,) * (x.ndim - 1))
+    return jnp.where(keep, x, 0).sum(0) / jnp.maximum(keep.sum(), 1)

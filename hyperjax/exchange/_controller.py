@@ -110,7 +110,7 @@ def follow(
     moves = (base.calls >= settings.warm_up) & finite.any()
     signal = jax.tree.map(lambda x: jnp.where(moves, x, 0), signal)
     # Members that descend by themselves take the base with them; exactly zero if they do not.
-    drift = jax.tree.map(lambda x, y: masked_mean(finite, x - y), hparams, base.assigned)
+    drift = jax.tree.map(lambda x, y: _fan_out.masked_mean(finite, x - y), hparams, base.assigned)
     centre = jax.tree.map(jnp.add, base.raw, drift)
     raw, velocity, bounded = _step(settings, moves, centre, base.velocity, signal)
     new = Base(base.calls + 1, raw, velocity, _assign(settings, key, raw, size), variance)
@@ -127,8 +127,8 @@ def _assign(settings: Settings, key: Key, raw: HParams, size: int) -> HParams:
 def _weights(settings: Settings, base: Base, scores):
     """Softmax of the scores in units of their deviation, [P]."""
     finite = jnp.isfinite(scores)
-    mean = masked_mean(finite, scores)
-    variance = masked_mean(finite, jnp.where(finite, scores - mean, 0) ** 2)
+    mean = _fan_out.masked_mean(finite, scores)
+    variance = _fan_out.masked_mean(finite, jnp.where(finite, scores - mean, 0) ** 2)
     beta = jnp.where(base.calls == 0, 0, settings.momentum)
     running = jnp.where(finite.any(), beta * base.variance + (1 - beta) * variance, base.variance)
     sigma = jnp.sqrt(running) if settings.sigma == "running" else jnp.asarray(settings.sigma)
@@ -188,12 +188,6 @@ def _shifted(r: Range, raw, by, width: float):
     wanted = r.forward(raw) * (1 + by)
     moved = jnp.where(by == 0, raw, r.inverse(jnp.clip(wanted, low, high)))
     return moved, (by != 0) & ((wanted < low) | (wanted > high))
-
-
-def masked_mean(keep, x):
-    """Mean over the leading axis of the rows kept; 0 without any."""
-    keep = keep.reshape(keep.shape + (1,) * (x.ndim - 1))
-    return jnp.where(keep, x, 0).sum(0) / jnp.maximum(keep.sum(), 1)
 
 
 def _per_range(where, name, value, space: Space):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import _checks, _tree
+from .. import _checks, _fan_out, _tree
 from .._space import Space
 from .._types import Exchange, HParams, Key, Params, PyTree
 from . import _controller
@@ -132,7 +132,7 @@ def _converge(conf, where, key, base, members, score):
     base, report = _controller.follow(conf, shuffle, base, members.hparams, score)
     # A copy of everything only if it is needed.
     members = lax.cond(sound.all(), lambda: members, lambda: _tree.take(members, parents))
-    members = _tree.replace_at(where, members, average(where(members), sound))
+    members = _tree.replace_at(where, members, _fan_out.average(where(members), sound))
     members = members._replace(hparams=base.assigned)
     state = HdetState(jnp.zeros((), jnp.int32), jnp.zeros_like(score), base)
     events = HdetEvents(
@@ -140,24 +140,6 @@ def _converge(conf, where, key, base, members, score):
         base.velocity, report.signal, report.bounded,
     )  # fmt: skip
     return members, state, events
-
-
-def average(tree: PyTree, keep: jax.Array) -> PyTree:
-    """Every row [P, ...] becomes the mean of those to keep; the tree itself if there are none.
-
-    The mean of equal rows is that row, bit for bit: it is one of them plus what others differ by.
-    """
-    first = jnp.argmax(keep)
-
-    def one(x):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        near = wide[first]
-        mean = near + _controller.masked_mean(keep, wide - near[None])
-        return jnp.where(keep.any(), jnp.broadcast_to(mean, x.shape), wide).astype(x.dtype)
-
-    return jax.tree.map(one, tree)
 
 
 def scatter(key: Key, params: Params, size: int, scale: float = 0.01) -> Params:
