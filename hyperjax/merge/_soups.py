@@ -98,6 +98,16 @@ def greedy(
     used = used & jnp.isfinite(alone)
     alone = jnp.where(used, alone, jnp.nan)
     order = jnp.argsort(jnp.where(used, alone, jnp.inf), stable=True).astype(jnp.int32)
+    mean, count, best, added, tried = _climb(members, scored, alone, order, used, ties)
+    weights = jnp.zeros(alone.shape, alone.dtype).at[order].set(added / jnp.maximum(count, 1))
+    tried = jnp.where(used[order], tried, jnp.nan)
+    params = broken(mean, count > 0)
+    return Soup(params, weights, ~used, GreedyInfo(best, alone, order, tried))
+
+
+def _climb(members, scored, alone, order, used, ties: str):
+    """The running mean, how many it holds, its score; in order, who was added and what it scored
+    with them."""
     like = _tree.take(members, jnp.zeros((), jnp.int32))
 
     def taste(carry, index):
@@ -116,10 +126,7 @@ def greedy(
     start = (empty, jnp.zeros((), jnp.int32), jnp.asarray(jnp.nan, alone.dtype))
     start = _tree.vary_like(start, (members, alone))
     (mean, count, best), (added, tried) = lax.scan(taste, start, order)
-    weights = jnp.zeros(alone.shape, alone.dtype).at[order].set(added / jnp.maximum(count, 1))
-    tried = jnp.where(used[order], tried, jnp.nan)
-    params = broken(_tree.cast_like(mean, like), count > 0)
-    return Soup(params, weights, ~used, GreedyInfo(best, alone, order, tried))
+    return _tree.cast_like(mean, like), count, best, added, tried
 
 
 def mix(members: Params, mixing: PyTree, mask: jax.Array | None = None) -> Params:

@@ -4,7 +4,7 @@ Tests are SciPy's where it has them; rank correlations are `scipy.stats.kendallt
 `spearmanr`, used directly.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -116,7 +116,8 @@ def compare(
     if d.any():
         rng = np.random.default_rng(seed)
         flip = _sign_flip(d, resamples, rng)
-        ranks = float(stats.wilcoxon(d)[1])
+        outcome: Any = stats.wilcoxon(d)
+        ranks = float(outcome.pvalue)
     gap = interval(d, level=level, method=method, resamples=resamples, seed=seed)
     return Comparison(gap, flip, ranks, int((d < 0).sum()), int((d == 0).sum()), int((d > 0).sum()))
 
