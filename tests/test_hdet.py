@@ -189,7 +189,7 @@ def test_the_linear_update_is_that_of_the_paper():
 
 
 def test_the_linear_update_is_stopped_before_it_is_negative_and_says_so():
-    options = {"width": 0.5, "gain": 20.0, "sigma": 1.0}
+    options = {"width": 0.5, "gain": 30.0, "sigma": 1.0}
     linear = play(hj.exchange.hdet(SPACE, update="linear", **options), smaller, 5)
     assert linear.events.bounded["lr"].any()
     log = play(hj.exchange.hdet(SPACE, **options), smaller, 3)
@@ -198,7 +198,7 @@ def test_the_linear_update_is_stopped_before_it_is_negative_and_says_so():
         rates = np.asarray(SPACE.constrain(seen.hparams)["lr"])
         assert np.all((rates > 1e-6) & (rates < 10.0))
     # The same without an end of the range would have been negative.
-    assert 0.01 - 20 * 0.1 * 0.5 * 0.01 < 0
+    assert 0.01 - 30 * 0.1 * 0.5 * 0.01 < 0
 
 
 def test_bases_stop_where_all_members_fit():
@@ -220,7 +220,7 @@ def test_decay_goes_down_from_start_to_end(update):
 
 
 def test_the_base_waits_for_the_warm_up():
-    seen = play(hj.exchange.hdet(SPACE, width=0.5, decay=0.1, warm_up=4), larger, 6)
+    seen = play(hj.exchange.hdet(SPACE, width=0.5, sigma=1.0, decay=0.01, warm_up=4), larger, 6)
     np.testing.assert_allclose(seen.events.base["lr"][:4], 0.01, rtol=1e-12)
     assert seen.events.base["lr"][4] > 0.01
     assert seen.events.converged.all()
