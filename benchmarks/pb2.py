@@ -2,7 +2,7 @@
 
     python benchmarks/pb2.py
 
-Four minutes of one core. A member's reward grows by exp(-(h - c)^2 / 0.32) per round, h the log10
+Minutes of one core. A member's reward grows by exp(-(h - c)^2 / 0.32) per round, h the log10
 of its rate in [-6, 0], of which c is the best: -2 at first, drifting to -4 over 40 rounds; each
 growth is seen with noise of deviation 0.05. The total reward of the best member after 40 rounds
 (at most 40) is reported, for 4 and 8 members. Seeds 1000 and on served to choose nothing but the
