@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._inner import inner
 from .._unroll import unroll
 from ..tasks import Task
+from . import _hosts
 from ._program import study_keys
 from ._settings import Settings
 
@@ -50,8 +51,10 @@ def make_trainer(
         one = lambda x: response(space.unravel(x[1]), x[0], batches)[1]
         return jax.lax.map(one, (states, vectors))
 
+    shardings = None
     if mesh is not None and count % mesh.size == 0:
         spread, same = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
+        shardings = (NamedSharding(mesh, PartitionSpec(None, *spread)), NamedSharding(mesh, same))
         window = jax.shard_map(window, mesh=mesh, in_specs=(spread, spread, same), out_specs=spread)
 
     def study(key, members, vectors):
@@ -67,14 +70,18 @@ def make_trainer(
         params = states.params
         return params, jax.lax.map(lambda p: task.evaluate(p, task.valid), params)
 
-    program = jax.jit(jax.vmap(study, in_axes=(0, None, 0)))
-    keys, members = study_keys(settings), jnp.arange(count)
+    keys = study_keys(settings)
+
+    def studies(vectors):
+        return jax.vmap(study, in_axes=(0, None, 0))(keys, jnp.arange(count), vectors)
+
+    program = jax.jit(studies, out_shardings=shardings)
     shape = (settings.seeds, count, updates, len(space.names))
     began = time.perf_counter()
-    compiled = program.lower(keys, members, jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
+    compiled = program.lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
 
     def train(vectors: np.ndarray) -> Trained:
-        params, valid = compiled(keys, members, jnp.asarray(vectors, jnp.float32))
+        params, valid = compiled(np.asarray(vectors, np.float32))
         return Trained(params, {k: np.asarray(v) for k, v in valid.items()})
 
     return Trainer(train, time.perf_counter() - began)
@@ -90,8 +97,8 @@ def pick(trained: Trained) -> tuple[Any, dict[str, np.ndarray], np.ndarray]:
     loss = np.where(np.isfinite(trained.valid["loss"]), trained.valid["loss"], np.inf)
     best = loss.argmin(axis=1)
     studies = np.arange(len(best))
-    choose = lambda x: x[studies, best]
-    return jax.tree.map(choose, trained.params), jax.tree.map(choose, trained.valid), best
+    choose = lambda tree: jax.tree.map(lambda x: x[studies, best], tree)
+    return _hosts.whole(choose, trained.params), choose(trained.valid), best
 
 
 def random_search(task: Task, settings: Settings, mesh: Mesh | None):

@@ -1,4 +1,7 @@
-"""Checkpoints: the whole state of a run, written atomically, the last two kept."""
+"""Checkpoints: the whole state of a run, written atomically, the last two kept.
+
+Of several processes each writes and reads what its own devices hold, in the same folder.
+"""
 
 import logging
 from pathlib import Path
@@ -7,6 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from . import _hosts
 from ._errors import AppError
 from ._folder import disk_error
 
@@ -32,7 +36,7 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+        return _hosts.agreed(self._manager.latest_step() or 0) or None
 
     def save(self, step: int, tree: Any) -> None:
         try:
@@ -43,11 +47,16 @@ class Checkpoints:
             raise AppError(f"cannot write a checkpoint in {self._path}: {reason}") from error
 
     def restore(self, step: int, like: Any) -> Any:
-        """The tree of that step; `like` gives structure, shapes and types."""
+        """The tree of that step; `like` gives structure, shapes, types and where arrays lie.
+
+        They may lie on other devices, and more or fewer, than when they were saved.
+        """
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(template))
         except Exception as error:
+            if _hosts.is_lost(error):
+                raise
             raise AppError(
                 f"the checkpoint {self._path / str(step)} is damaged ({type(error).__name__}); "
                 "delete that folder, and `hyperjax resume` takes the one before."

@@ -9,27 +9,32 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from . import _hosts
 from ._errors import AppError
-from ._output import Output
-from ._settings import EXCHANGES, METHODS, Settings, describe, make_settings
+from ._output import Output, silent
+from ._settings import EXCHANGES, METHODS, Settings, describe, dump, make_settings
 
 DONE, BAD_INPUT, INTERRUPTED = 0, 2, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. 0: done; 1: `check` found a fault; 2: bad input; 3: stopped, resumable."""
+    """Run one command. 0: done; 1: `check` found a fault; 2: bad input; 3: stopped, resumable.
+
+    Of several processes that run it as one, each ends with the same code; see `_hosts.abandon`.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
-    out = Output(as_json=args.json)
     _prepare_jax(args)
     sys.path.insert(0, os.getcwd())  # where `module:task` is looked for, as with `python -m`
     try:
-        return args.run(args, out)
+        if args.run in (_tune, _resume):
+            _hosts.connect(args.coordinator, args.processes, args.process)
+        return args.run(args, Output(as_json=args.json) if _hosts.primary() else silent())
     except AppError as error:
         if args.debug:
             raise
         print(f"hyperjax: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return _hosts.abandon(BAD_INPUT)
     except BrokenPipeError:  # `hyperjax ... | head`
         return _quiet()
     except OSError as error:
@@ -37,10 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _quiet()  # it may be standard output that fails
         print(f"hyperjax: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
-        return BAD_INPUT
+        return _hosts.abandon(BAD_INPUT)
     except KeyboardInterrupt:
         print("hyperjax: stopped", file=sys.stderr)
-        return INTERRUPTED
+        return _hosts.abandon(INTERRUPTED)
+    except RuntimeError as error:
+        if not _hosts.is_lost(error):
+            raise
+        print(f"hyperjax: {_hosts.farewell(error)}", file=sys.stderr)
+        return _hosts.abandon(INTERRUPTED)
 
 
 def _quiet() -> int:
@@ -66,7 +76,7 @@ def _prepare_jax(args: argparse.Namespace) -> None:
 
 
 def _tune(args: argparse.Namespace, out: Output) -> int:
-    from ._folder import create
+    from ._folder import Folder, create
 
     given = {
         name: getattr(args, name)
@@ -83,8 +93,11 @@ def _tune(args: argparse.Namespace, out: Output) -> int:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = f"{settings.task.replace(':', '.')}-{settings.method}-{stamp}"
     path = Path(args.out) if args.out else Path("runs") / name
-    folder = create(path, settings, "tune")
-    return _carry_on(folder, settings, out)
+    if _hosts.several() and not args.out:  # the clocks of two hosts differ
+        raise AppError("--out DIR is needed with several processes, the same for all.")
+    _hosts.check_same("settings", dump(settings))
+    _hosts.on_primary(lambda: create(path, settings, "tune"))
+    return _carry_on(Folder(path), settings, out)
 
 
 def _resume(args: argparse.Namespace, out: Output) -> int:
@@ -100,6 +113,7 @@ def _carry_on(folder, settings: Settings, out: Output) -> int:
     from ._signals import Interrupted, stop_on_signals
     from ._study import run_study
 
+    _hosts.check_shared(folder / "config.yaml")
     with stop_on_signals() as stop:
         try:
             out.line(f"run folder: {folder.path}")
@@ -111,7 +125,7 @@ def _carry_on(folder, settings: Settings, out: Output) -> int:
         except BrokenPipeError:
             _quiet()
             out.warn(f"output closed; continue with `hyperjax resume {folder.path}`")
-            return INTERRUPTED
+            return _hosts.abandon(INTERRUPTED)
     return DONE
 
 
@@ -208,7 +222,10 @@ def _parser() -> argparse.ArgumentParser:
         ("resume", _resume, "continue a run that was stopped or killed"),
         ("report", _report, "draw the plots and report.html of a run again"),
     ):
-        verb(name, run, text).add_argument("folder", type=Path, metavar="RUN")
+        sub = verb(name, run, text)
+        sub.add_argument("folder", type=Path, metavar="RUN")
+        if name == "resume":
+            _add_hosts(sub)
     sub = verb("compare", _compare, "several runs in one table")
     sub.add_argument("folders", type=Path, nargs="+", metavar="RUN")
     sub = verb("replay", _replay, "train once more under the schedule a member went through")
@@ -261,3 +278,13 @@ def _add_tune(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--data-dir", metavar="DIR", help="where a9a, mnist, ... are")
     sub.add_argument("--out", metavar="DIR", help="run folder (default runs/TASK-METHOD-TIME)")
+    _add_hosts(sub)
+
+
+def _add_hosts(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group("several processes as one, each with this same command")
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 is; auto asks SLURM and others"
+    )
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="K", help="which one this is, from 0")

@@ -14,12 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from . import _hosts
 from ._errors import AppError
 from ._settings import Settings, dump, load
 
 
 class Folder:
-    """Paths and writes of one run. Any OSError becomes an AppError that names the path."""
+    """Paths and writes of one run. Any OSError becomes an AppError that names the path.
+
+    Of several processes only the first writes.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -32,6 +36,8 @@ class Folder:
         self.write_bytes(name, text.encode())
 
     def write_bytes(self, name: str, data: bytes) -> None:
+        if not _hosts.primary():
+            return
         target = self.path / name
         part = target.with_name(target.name + ".part")
         try:
@@ -58,6 +64,8 @@ class Folder:
 
     def append(self, name: str, rows: Iterable[dict]) -> None:
         """Add lines to a log."""
+        if not _hosts.primary():
+            return
         text = "".join(json.dumps(clean(row)) + "\n" for row in rows)
         try:
             with (self.path / name).open("a") as file:
@@ -72,6 +80,8 @@ class Folder:
 
     def event_once(self, name: str, step: int, **details: Any) -> None:
         """The same, unless the log has it: a process may die after it, before its next write."""
+        if not _hosts.primary():
+            return
         path = self.path / "events.jsonl"
         logged = map(json.loads, path.read_text().splitlines() if path.exists() else ())
         if not any({"event": name, **details}.items() <= row.items() for row in logged):
@@ -85,7 +95,7 @@ class Folder:
     def rewind(self, name: str, step: float) -> None:
         """Drop the lines of a log from `step` on, and a last line that was cut off."""
         path = self.path / name
-        if not path.exists():
+        if not _hosts.primary() or not path.exists():
             return
         kept = []
         for line in path.read_text().splitlines():
@@ -142,6 +152,7 @@ def environment(command: str) -> dict:
         "cores": os.cpu_count(),
         "backend": devices[0].platform,
         "devices": [str(d) for d in devices],
+        "processes": jax.process_count(),
         "x64": jax.numpy.zeros(()).dtype == np.float64,
         "argv": sys.argv[1:],
     }
@@ -154,7 +165,7 @@ def changes(folder: Folder) -> str:
     if then.get("x64", now["x64"]) != now["x64"]:
         flag = int(not now["x64"])
         raise AppError(f"{folder.path} began in another precision; set JAX_ENABLE_X64={flag}.")
-    keys = [k for k in ("jax", "backend", "devices") if then.get(k, now[k]) != now[k]]
+    keys = [k for k in ("jax", "backend", "devices", "processes") if then.get(k, now[k]) != now[k]]
     count = lambda value: len(value) if isinstance(value, list) else value
     return ", ".join(f"{k} {count(then[k])} then, {count(now[k])} now" for k in keys)
 

@@ -47,3 +47,8 @@ class Output:
             self.console.print(table)
         else:
             self.console.print(plain, markup=False, soft_wrap=True)
+
+
+def silent() -> Output:
+    """Writes nothing: the first of several processes speaks for all."""
+    return Output(console=_Console(quiet=True), notes=Console(quiet=True))

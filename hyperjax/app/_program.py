@@ -86,24 +86,28 @@ def compile_program(task: Task, method: Method, settings: Settings, mesh: Mesh |
         state, metrics = jax.lax.scan(body, state, first + jnp.arange(settings.updates_per_call))
         return state, _history(task.space, metrics.members, metrics.events).arrays()
 
+    def begin():
+        return jax.vmap(lambda key: method.start(jax.random.fold_in(key, 0)))(keys)
+
     began = time.perf_counter()
-    start = jax.vmap(lambda key: method.start(jax.random.fold_in(key, 0)))
-    shardings = _shardings(jax.eval_shape(start, keys), mesh)
-    start = jax.jit(start, out_shardings=shardings)
+    shardings = _shardings(jax.eval_shape(begin), mesh)
+    start = jax.jit(begin, out_shardings=shardings)
+    # The history goes to every device, so that every process can read it.
+    logs = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     program = jax.jit(
-        chunk, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None)
+        chunk, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, logs)
     )
-    compiled = program.lower(jax.eval_shape(start, keys), jnp.int32(0)).compile()
+    compiled = program.lower(jax.eval_shape(start), np.int32(0)).compile()
     seconds = time.perf_counter() - began
 
     def advance(state, first: int) -> tuple[Any, History]:
-        state, arrays = compiled(state, jnp.int32(first))
+        state, arrays = compiled(state, np.int32(first))
         return state, History(*[np.asarray(x) for x in arrays])
 
     forecast = compiled.memory_analysis()
     memory = forecast.temp_size_in_bytes if forecast else 0  # not every backend has one
     place = lambda state: jax.device_put(state, shardings) if mesh else state
-    return Program(advance, lambda: start(keys), place, seconds, memory)
+    return Program(advance, start, place, seconds, memory)
 
 
 def _history(space: Space, members: Metrics, events: Events) -> History:

@@ -4,6 +4,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from . import _hosts
+
 
 class Interrupted(Exception):
     """The run was asked to stop and has saved its state."""
@@ -16,8 +18,11 @@ class Stop:
         self.asked = False
 
     def check(self) -> None:
-        """Raise Interrupted if so; called where everything computed has been written."""
-        if self.asked:
+        """Raise Interrupted if so; called where everything computed has been written.
+
+        Of several processes all must call it, and all are stopped when one was asked to.
+        """
+        if _hosts.any_of(self.asked):
             raise Interrupted
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ..tasks import Task, get
-from . import _baselines
+from . import _baselines, _hosts
 from ._errors import AppError
 from ._folder import Folder, disk_error
 from ._output import Output
@@ -33,12 +33,21 @@ def run_study(folder: Folder, settings: Settings, out: Output, stop: Stop) -> No
     """
     task = load_task(settings)
     mesh = members_mesh(settings)
-    folder.mend()
-    folder.write_json("space.json", _describe_space(task))
+    _hosts.rehearse(mesh)
+    _hosts.on_primary(lambda: _prepare(folder, task))
     tune(folder, settings, task, mesh, out, stop)
     for name in settings.baselines:
         stop.check()
         _baseline(name, folder, settings, task, mesh, out)
+    _hosts.on_primary(lambda: _conclude(folder, settings, out))
+
+
+def _prepare(folder: Folder, task: Task) -> None:
+    folder.mend()
+    folder.write_json("space.json", _describe_space(task))
+
+
+def _conclude(folder: Folder, settings: Settings, out: Output) -> None:
     folder.event_once("done", settings.updates)
     table = _write_table(folder, settings)
     report(folder, out)
@@ -71,11 +80,17 @@ def load_task(settings: Settings) -> Task:
 
 
 def members_mesh(settings: Settings) -> Mesh | None:
-    """A mesh over the devices that share the members equally; None for one device."""
-    available = len(jax.devices())
-    count = settings.devices or max(n for n in range(1, available + 1) if settings.members % n == 0)
+    """A mesh over the devices that share the members equally; None for one device.
+
+    Every process gives as many of its devices as every other, in the order of the processes.
+    """
+    available, processes = len(jax.devices()), jax.process_count()
+    fits = [n for n in range(processes, available + 1, processes) if settings.members % n == 0]
+    count = settings.devices or max(fits, default=processes)
     if count > available:
         raise AppError(f"devices: {count} asked for, {available} there.")
+    if count % processes:
+        raise AppError(f"devices ({count}) must be divisible by processes ({processes}).")
     if settings.members % count:
         raise AppError(
             f"members ({settings.members}) must be divisible by devices ({count}); "
@@ -83,13 +98,19 @@ def members_mesh(settings: Settings) -> Mesh | None:
         )
     if count == 1:
         return None
+    taken, per_process = [], count // processes
+    for process in range(processes):
+        own = [d for d in jax.devices() if d.process_index == process]
+        if len(own) < per_process:
+            raise AppError(f"process {process} has {len(own)} devices, not {per_process}.")
+        taken += own[:per_process]
     auto = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((count,), ("member",), axis_types=auto, devices=jax.devices()[:count])
+    return jax.make_mesh((count,), ("member",), axis_types=auto, devices=taken)
 
 
 def _baseline(name, folder: Folder, settings: Settings, task, mesh, out: Output) -> None:
     """One row of the table, unless it is there already."""
-    if folder.read_json(f"results/{name}.json"):
+    if _hosts.agreed(folder.read_json(f"results/{name}.json") is not None):
         folder.event_once("baseline", settings.updates, baseline=name)
         return
     if name == "optuna" and importlib.util.find_spec("optuna") is None:
@@ -104,8 +125,12 @@ def _baseline(name, folder: Folder, settings: Settings, task, mesh, out: Output)
     else:
         search = _baselines.random_search if name == "random" else _baselines.optuna_tpe
         params, valid, _, *timing = search(task, settings, mesh)
-    write_result(folder, name, settings, task, params, valid, steps, timing)
-    folder.event_once("baseline", settings.updates, baseline=name)
+
+    def write() -> None:
+        write_result(folder, name, settings, task, params, valid, steps, timing)
+        folder.event_once("baseline", settings.updates, baseline=name)
+
+    _hosts.on_primary(write)
 
 
 def _schedules(folder: Folder) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The tuning phase of a run: chunks, logs, checkpoints, and the choice of the best member."""
 
 import io
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ..tasks import Task
+from . import _hosts
 from ._checkpoint import Checkpoints
 from ._folder import Folder
 from ._methods import Method, make_method
@@ -27,7 +29,7 @@ def tune(
     Ends with `schedule.npz`, `best.json`, `best_params.npz` and the tuned row of the table. Raises
     Interrupted when asked to stop, after the checkpoint.
     """
-    if folder.read_json("results/tuned.json"):
+    if _hosts.agreed(folder.read_json("results/tuned.json") is not None):
         return
     method = make_method(task, settings, mesh)
     with Checkpoints(folder / "checkpoints") as checkpoints:
@@ -46,7 +48,7 @@ def tune(
             for part in chunks(program, settings, state, done):
                 state, seconds = part.state, seconds + part.seconds
                 history = history.join(part.history)
-                _log_chunk(folder, settings, task, part)
+                _hosts.on_primary(partial(_log_chunk, folder, settings, task, part))
                 last = part.first + part.history.steps == settings.updates
                 reporter.chunk(part.history, part.first, part.seconds)
                 checkpoints.save(history.steps, _saved(state, history, seconds))
@@ -57,10 +59,11 @@ def tune(
 
 def _headline(settings: Settings, task: Task, mesh: Mesh | None) -> str:
     devices = 1 if mesh is None else mesh.size
+    where = f" of {jax.process_count()} processes" if _hosts.several() else ""
     return (
         f"tuning {len(task.space.names)} hyperparameters of {task.name} by {settings.method}: "
         f"{settings.seeds} studies x {settings.members} members x {settings.inner_steps} steps "
-        f"on {devices} {jax.devices()[0].platform} device{'s' * (devices > 1)}"
+        f"on {devices} {jax.devices()[0].platform} device{'s' * (devices > 1)}{where}"
     )
 
 
@@ -122,8 +125,13 @@ def _finish(folder, settings, task, method: Method, state, history: History, tim
     """Choose the best member of each study by validation, and look at its test loss once."""
     final = np.where(history.finite[-1], history.value[-1], np.inf)
     best, studies = final.argmin(axis=1), np.arange(settings.seeds)
-    members = jax.tree.map(lambda x: x[studies, best], state.members)
-    params = jax.vmap(method.params)(members)
+    choose = lambda members: jax.tree.map(lambda x: x[studies, best], members)
+    params = _hosts.whole(lambda x: jax.vmap(method.params)(choose(x)), state.members)
+    write = partial(_write_best, folder, settings, task, history, final, best, params, timing)
+    _hosts.on_primary(write)
+
+
+def _write_best(folder, settings, task, history, final, best, params, timing) -> None:
     valid = jax.vmap(task.evaluate, (0, None))(params, task.valid)
     names = task.space.names
     inner = np.full(settings.updates, settings.every)
