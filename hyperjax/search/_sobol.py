@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import qmc
 
 from .. import _checks
 from .._types import Key
@@ -34,8 +33,6 @@ def sobol(dim: int, batch: int, *, scramble: bool = True) -> Search:
     """
     _checks.positive_int("sobol", "dim", dim)
     _checks.positive_int("sobol", "batch", batch)
-    if dim > qmc.Sobol.MAXDIM:
-        raise ValueError(f"sobol: `dim` must be <= {qmc.Sobol.MAXDIM}; got {dim}.")
     columns = _directions(dim)
 
     def init(key: Key) -> SobolState:
@@ -62,6 +59,10 @@ def sobol(dim: int, batch: int, *, scramble: bool = True) -> Search:
 
 def _directions(dim: int) -> np.ndarray:
     """The binary digits of what bit n of the Gray code of an index adds to a point."""
+    from scipy.stats import qmc  # here, since it takes a second to import
+
+    if dim > qmc.Sobol.MAXDIM:
+        raise ValueError(f"sobol: `dim` must be <= {qmc.Sobol.MAXDIM}; got {dim}.")
     engine = qmc.Sobol(dim, scramble=False, bits=DIGITS)
     rows = []
     for n in range(INDEX):
