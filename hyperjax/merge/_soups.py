@@ -53,7 +53,7 @@ def uniform(members: Params, mask: jax.Array | None = None) -> Soup:
     """
     used, excluded = _used("uniform", members, mask)
     count = jnp.sum(used)
-    weights = (used / jnp.maximum(count, 1)).astype(common_type(members))
+    weights = used / jnp.maximum(count, 1).astype(common_type(members))
     params = jax.tree.map(lambda x: _average(x, weights), cleaned(members, used))
     return Soup(broken(params, count > 0), weights, excluded, ())
 
@@ -99,7 +99,11 @@ def greedy(
     alone = jnp.where(used, alone, jnp.nan)
     order = jnp.argsort(jnp.where(used, alone, jnp.inf), stable=True).astype(jnp.int32)
     mean, count, best, added, tried = _climb(members, scored, alone, order, used, ties)
-    weights = jnp.zeros(alone.shape, alone.dtype).at[order].set(added / jnp.maximum(count, 1))
+    weights = (
+        jnp.zeros(alone.shape, alone.dtype)
+        .at[order]
+        .set(added / jnp.maximum(count, 1).astype(alone.dtype))
+    )
     tried = jnp.where(used[order], tried, jnp.nan)
     params = broken(mean, count > 0)
     return Soup(params, weights, ~used, GreedyInfo(best, alone, order, tried))
@@ -112,9 +116,9 @@ def _climb(members, scored, alone, order, used, ties: str):
 
     def taste(carry, index):
         mean, count, best = carry
-        share = 1 / (count + 1)
+        size = count + 1  # a quotient of int32 would be float32
         with_it = jax.tree.map(
-            lambda m, x: m + (x[index] - m) * share.astype(m.dtype), mean, members
+            lambda m, x: m + (x[index] - m) / size.astype(m.dtype), mean, members
         )
         got = scored(_tree.cast_like(with_it, like)).astype(best.dtype)
         better = got <= best if ties == "add" else got < best

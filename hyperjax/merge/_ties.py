@@ -39,7 +39,9 @@ def ties(
     kept = jnp.where(place < count_of(keep, n), flat, 0)
     sign = jnp.sign(jnp.sum(kept, axis=0))
     agree = (jnp.sign(kept) == sign[None]) & (sign[None] != 0)
-    total = jnp.sum(jnp.where(agree, kept, 0), axis=0) / jnp.maximum(agree.sum(axis=0), 1)
+    total = jnp.sum(jnp.where(agree, kept, 0), axis=0) / jnp.maximum(agree.sum(axis=0), 1).astype(
+        common
+    )
     parts, offset = [], 0
     for x in leaves:
         size = x[0].size

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from .. import _checks
 
@@ -62,6 +61,8 @@ def interval(
     Raises ValueError for values that are not finite: a failed run has no place in a mean. Count and
     report it.
     """
+    from scipy import stats  # here, since it takes a second to import
+
     x = _finite("interval", "values", values)
     _checks.one_of("interval", "method", method, ("t", "percentile", "bootstrap-t"))
     _checks.positive_int("interval", "resamples", resamples)
@@ -105,6 +106,8 @@ def compare(
     where no pair differs. Raises ValueError for lengths that differ, and for scores that are not
     finite.
     """
+    from scipy import stats  # here, since it takes a second to import
+
     a, b = _finite("compare", "first", first), _finite("compare", "second", second)
     if len(a) != len(b):
         raise ValueError(
@@ -140,6 +143,8 @@ def average_ranks(scores: ArrayLike, *, level: float = 0.95) -> Ranks:
     Smaller scores are better; equal ones share a rank, and what is not finite comes last together.
     Raises ValueError for other shapes (compare two methods with `compare`).
     """
+    from scipy import stats  # here, since it takes a second to import
+
     table = np.asarray(scores, np.float64)
     if table.ndim != 2 or table.shape[0] < 3 or table.shape[1] < 2:
         raise ValueError(

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from .. import _checks
 
@@ -26,6 +25,8 @@ def rank_coordinates(regrets: ArrayLike) -> np.ndarray:
     Ranks are (r - 1/2) / tasks, equal regrets share one, so logarithms change nothing. Raises
     ValueError for regrets that are not finite or not a table.
     """
+    from scipy import stats  # here, since it takes a second to import
+
     table = _table("rank_coordinates", "regrets", regrets)
     return (stats.rankdata(table, axis=0) - 0.5) / len(table)
 
@@ -103,11 +104,9 @@ def _boxes(points: np.ndarray) -> np.ndarray:
     losing any; so corners are joins of points.
     """
     n, d = points.shape
-    ranks = stats.rankdata(points, method="dense", axis=0).astype(int)
     inside = np.ones((n, 1), bool)
     for axis in range(d):
-        levels = np.unique(ranks[:, axis])
-        below = ranks[:, axis][:, None] <= levels[None]  # [n, levels]
+        below = points[:, axis, None] <= np.unique(points[:, axis])[None]  # [n, levels]
         inside = (inside[:, :, None] & below[:, None, :]).reshape(n, -1)
         inside = np.unpackbits(np.unique(np.packbits(inside, axis=0), axis=1), axis=0, count=n)
         inside = inside.astype(bool)
