@@ -18,7 +18,7 @@ from ._replace import random_finite, rank
 START = (0.0, 0.0, 0.1, -1.0)
 LOW = (-6.0, -11.5, 0.0, -9.0)
 HIGH = (6.0, 0.0, 0.5, 2.0)
-FIT_STEPS, FIT_RATE = 10, 0.1
+FIT_STEPS, FIT_RATE = 15, 0.3
 CANDIDATES, REFINED, REFINE_STEPS, REFINE_RATE = 256, 4, 20, 0.02
 C1, C2 = 0.2, 0.4
 
@@ -26,7 +26,7 @@ C1, C2 = 0.2, 0.4
 class PB2State(NamedTuple):
     """What was seen: a ring of rows, one per member and interval, and where members started."""
 
-    time: jax.Array  # [W]
+    time: jax.Array  # [W], the outer step at which the interval ended
     before: jax.Array  # [W], the score at the start of the interval
     point: jax.Array  # [W, D], the hyperparameters in the unit cube
     change: jax.Array  # [W], how much the score fell per outer step; NaN: no row
@@ -79,7 +79,7 @@ def pb2(
     Members are tuner states with a field `hparams`; a row says what they were when the interval
     ended. Intervals in which a member diverged are never rows. As in the authors' code, time and
     score are scaled to [0, 1] over the rows, and changes are standardized and clipped to +-2.
-    Different from the code: s, l, epsilon and the noise are fitted by 10 steps of Adam on the
+    Different from the code: s, l, epsilon and the noise are fitted by 15 steps of Adam on the
     true gradient of the likelihood, from the code's start and from the last fit, instead of
     L-BFGS-B (the code's gradients for s, l and epsilon are not those of its kernel); l stays in
     [1e-5, 1] during the fit, not after it; copies chosen earlier change the variance alone, and
@@ -104,9 +104,10 @@ def pb2(
         zero = jnp.zeros((), jnp.int32)
         empty = jnp.zeros((window, dims), points.dtype)
         since = jnp.zeros(size, points.dtype)
-        return PB2State(
+        state = PB2State(
             nan(window), nan(window), empty, nan(window), zero, since, nan(size), start, zero
         )
+        return _tree.vary_like(state, points)
 
     def apply(key: Key, state: PB2State, members: PyTree, score: jax.Array):
         finite = jnp.isfinite(score)
@@ -120,7 +121,7 @@ def pb2(
         begins = level[parents]
         points, kernel = lax.cond(
             moved.any(),
-            lambda: _choose(choose, state, points[parents], moved, begins, at, spread),
+            lambda: _choose(choose, state, points[parents], moved, begins, at + every, spread),
             lambda: (points, state.kernel),
         )
         members = _tree.take(members, parents)
@@ -192,8 +193,11 @@ class Rows(NamedTuple):
     x: jax.Array  # [N, 1 + D]: score before, point
 
 
-def _choose(key, state, points, moved, begins, now, spread):
-    """Points [P, D], in which those that moved are chosen anew, and the fitted kernel."""
+def _choose(key, state, points, moved, begins, ends, spread):
+    """Points [P, D], in which those that moved are chosen anew, and the fitted kernel.
+
+    For intervals from the scores `begins` [P] until the time `ends`.
+    """
     seen = jnp.isfinite(state.change)
     when, level = _min_max(state.time, seen), _min_max(state.before, seen)
     place = lambda t, before, point: Rows(
@@ -209,13 +213,15 @@ def _choose(key, state, points, moved, begins, now, spread):
     blank = jnp.zeros(state.change.shape[0] + moved.shape[0], points.dtype)
 
     def choose(i, points, taken):
-        every = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rows, place(now, begins, points))
+        every = jax.tree.map(
+            lambda a, b: jnp.concatenate([a, b]), rows, place(ends, begins, points)
+        )
         mask = jnp.concatenate([seen, taken])
         placed = gp.fit(_covariance(kernel, every, every), noise, blank, mask)
 
         def acquire(candidates):
             count = candidates.shape[0]
-            new = place(now, jnp.broadcast_to(begins[i], (count,)), candidates)
+            new = place(ends, jnp.broadcast_to(begins[i], (count,)), candidates)
             prior = jnp.broadcast_to(jnp.exp(kernel[0]), (count,))
             mean, _ = gp.predict(fitted, _covariance(kernel, new, rows), prior, seen)
             _, variance = gp.predict(placed, _covariance(kernel, new, every), prior, mask)
