@@ -154,25 +154,21 @@ def _check(where: str, x, kernel, groups: int, implementation: str) -> None:
     _checks.positive_int(where, "groups", groups)
     _checks.one_of(where, "implementation", implementation, get_args(Implementation))
     space = jnp.ndim(kernel) - 2
+    # With the axes in our order, as `conv_general_dilated` has brought them into it.
+    found = f"the kernel [*window, in / groups, out] is {_checks.describe(kernel)}"
     if not 1 <= space <= 3:
-        raise ValueError(
-            f"{where}: the kernel is {_checks.describe(kernel)}, expected 3 to 5 axes: "
-            "[*window, in / groups, out]."
-        )
+        raise ValueError(f"{where}: {found}, expected 3 to 5 axes.")
     if 0 in jnp.shape(kernel):
+        raise ValueError(f"{where}: {found}, expected no axis of length 0.")
+    channels = jnp.shape(kernel)[-2] * groups
+    if jnp.ndim(x) <= space or jnp.shape(x)[-1] != channels:
         raise ValueError(
-            f"{where}: the kernel is {_checks.describe(kernel)}, expected no axis of length 0."
-        )
-    if jnp.ndim(x) <= space or jnp.shape(x)[-1] != jnp.shape(kernel)[-2] * groups:
-        raise ValueError(
-            f"{where}: the input is {_checks.describe(x)}, expected {space} axes of space and "
-            f"{jnp.shape(kernel)[-2] * groups} channels, to fit the kernel "
-            f"{_checks.describe(kernel)} [*window, in / groups, out] in {groups} group(s)."
+            f"{where}: the input [..., *space, in] is {_checks.describe(x)}, expected {space} axes "
+            f"of space and {channels} channels, since {found} and the number of groups {groups}."
         )
     if jnp.shape(kernel)[-1] % groups:
         raise ValueError(
-            f"{where}: the kernel is {_checks.describe(kernel)}, expected a last axis that the "
-            f"number of groups divides, {groups}."
+            f"{where}: {found}, expected a last axis that the number of groups divides, {groups}."
         )
     if jnp.result_type(x) != jnp.result_type(kernel):
         raise ValueError(
