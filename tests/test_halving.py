@@ -130,15 +130,14 @@ def test_a_diverged_member_is_never_promoted():
 
 
 def test_types_stay_float32_and_populations_vmap():
-    train = jit(search.successive_halving(tiny.tuner(), RUNGS, chunk=16))
+    train = search.successive_halving(tiny.tuner(), RUNGS, chunk=16)
     start, data = members(np.float32), tiny.splits(6, np.float32)
-    result = train(start, data)
+    result = jit(train)(start, data)
     kind = lambda tree: jax.tree.map(lambda x: x.dtype, tree)
     assert kind(result.members) == kind(start)
     assert result.rungs[-1].score.dtype == np.float32
-    both = jit(jax.vmap(train, (0, None)))(
-        jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), start), data
-    )
+    twice = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), start)
+    both = jit(jax.vmap(train, (0, None)))(twice, data)
     np.testing.assert_array_equal(both.slots[0], result.slots)
     np.testing.assert_array_equal(15 - both.slots[1], result.slots)
 
