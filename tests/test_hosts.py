@@ -7,8 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,75 +24,87 @@ PATIENCE = 300  # seconds: far more than any of these takes; a hang is a failure
 ABORTED = -signal.SIGABRT
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return tmp_path_factory.getbasetemp()
+class Hosts:
+    """Runs commands as one on several processes; as a context manager it ends with the block."""
 
+    def __init__(self, base: Path, outputs: Path):
+        tests = Path(__file__).parent
+        env = environment(base)
+        self._server = subprocess.Popen(
+            [sys.executable, str(tests / "host_child.py"), str(outputs), str(PATIENCE)],
+            cwd=base,
+            env=env | {"PYTHONPATH": os.pathsep.join([env["PYTHONPATH"], str(tests)])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
-def start(base: Path, *argv: object, devices: int, fault: dict, job: Mapping[str, str]):
-    tests = str(Path(__file__).parent)
-    env = environment(base) | {"JAX_NUM_CPU_DEVICES": str(devices)} | job
-    return subprocess.Popen(
-        [sys.executable, str(Path(tests) / "host_child.py"), json.dumps(fault), *map(str, argv)],
-        cwd=base,
-        env=env | {"PYTHONPATH": os.pathsep.join([env["PYTHONPATH"], tests])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    def run(self, commands: list[dict]) -> list[Result]:
+        assert self._server.stdin and self._server.stdout
+        self._server.stdin.write(json.dumps(commands) + "\n")
+        self._server.stdin.flush()
+        return [Result(*answer) for answer in json.loads(self._server.stdout.readline())]
 
+    def __enter__(self) -> "Hosts":
+        return self
 
-def finish(processes: Sequence[subprocess.Popen]) -> list[Result]:
-    try:
-        ends = [p.communicate(timeout=PATIENCE) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    return [Result(p.returncode, *end) for p, end in zip(processes, ends, strict=True)]
+    def __exit__(self, *_: object) -> None:
+        self._server.kill()
+        self._server.communicate()
 
+    def one(self, *argv: object, devices: int) -> Result:
+        return self.run([command(argv, devices)])[0]
 
-def one(base: Path, *argv: object, devices: int) -> Result:
-    (result,) = finish([start(base, *argv, devices=devices, fault={}, job={})])
-    return result
-
-
-def two(base: Path, *argv: object, faults: Sequence[dict] = ({}, {})) -> list[Result]:
-    """Two processes of two devices each, told about each other by options."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    where = ("--coordinator", f"127.0.0.1:{port}", "--processes", 2, "--process")
-    return finish(
-        [
-            start(base, *argv, *where, k, devices=2, fault=fault, job={})
-            for k, fault in enumerate(faults)
-        ]
-    )
-
-
-def slurm(base: Path, *argv: object) -> list[Result]:
-    """The same as tasks of a SLURM step, whose variables JAX reads; the port follows from the id
-    of the job."""
-    for job in range(4096):
+    def two(self, *argv: object, faults: tuple[dict, dict] = ({}, {})) -> tuple[Result, Result]:
+        """Two processes of two devices each, told about each other by options."""
         with socket.socket() as server:
-            if server.connect_ex(("127.0.0.1", 61440 + job)):  # nobody is there
-                break
-    step = {
-        "SLURM_JOB_ID": str(job),
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_NTASKS": "2",
-        "SLURM_STEP_NUM_NODES": "1",
-    }
-    tasks = [{"SLURM_PROCID": str(k), "SLURM_LOCALID": str(k)} for k in range(2)]
-    auto = (*argv, "--coordinator", "auto")
-    return finish([start(base, *auto, devices=2, fault={}, job=step | task) for task in tasks])
+            server.bind(("127.0.0.1", 0))
+            port = server.getsockname()[1]
+        told = ("--coordinator", f"127.0.0.1:{port}", "--processes", 2, "--process")
+        first, second = self.run(
+            [command((*argv, *told, k), 2, fault) for k, fault in enumerate(faults)]
+        )
+        return first, second
+
+    def slurm(self, *argv: object) -> tuple[Result, Result]:
+        """The same as tasks of a SLURM step, whose variables JAX reads."""
+        step = {
+            "SLURM_JOB_ID": str(free_job()),
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": "2",
+            "SLURM_STEP_NUM_NODES": "1",
+        }
+        tasks = [step | {"SLURM_PROCID": str(k), "SLURM_LOCALID": str(k)} for k in range(2)]
+        auto = (*argv, "--coordinator", "auto")
+        first, second = self.run([command(auto, 2, env=task) for task in tasks])
+        return first, second
+
+
+def command(argv: Sequence[object], devices: int, fault: Any = (), env: Any = ()) -> dict:
+    texts = [str(word) for word in argv]
+    return {"argv": texts, "devices": devices, "fault": dict(fault), "env": dict(env)}
+
+
+def free_job() -> int:
+    """The number of a job whose port, which JAX takes from it, is free."""
+    for job in range(os.getpid() % 2000, 4096):
+        with socket.socket() as server:
+            if server.connect_ex(("127.0.0.1", 61440 + job)):  # nobody answers
+                return job
+    raise RuntimeError("no free port")
 
 
 @pytest.fixture(scope="module")
-def whole(base, tmp_path_factory) -> Path:
+def hosts(tmp_path_factory) -> Iterator[Hosts]:
+    with Hosts(tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp("outputs")) as hosts:
+        yield hosts
+
+
+@pytest.fixture(scope="module")
+def whole(hosts, tmp_path_factory) -> Path:
     """The run of one process with four devices, which nothing disturbed."""
     run = tmp_path_factory.mktemp("hosts") / "whole"
-    result = one(base, *TUNE, run, devices=4)
+    result = hosts.one(*TUNE, run, devices=4)
     assert (result.code, result.err) == (0, "")
     return run
 
@@ -108,10 +121,10 @@ def close(a: dict, b: dict) -> None:
         np.testing.assert_allclose(*numbers, rtol=1e-5)
 
 
-def test_two_slurm_tasks_are_one_run(base, whole, tmp_path):
+def test_two_slurm_tasks_are_one_run(hosts, whole, tmp_path):
     """Bit for bit what one process with as many devices finds; process 0 speaks for both."""
     run = tmp_path / "run"
-    first, second = slurm(base, *TUNE, run, "--json")
+    first, second = hosts.slurm(*TUNE, run, "--json")
     assert (first.code, second.code) == (0, 0), (first.err, second.err)
     assert outcome(run) == outcome(whole)
     assert read_json(run / "env.json")["processes"] == 2
@@ -122,12 +135,12 @@ def test_two_slurm_tasks_are_one_run(base, whole, tmp_path):
     assert len(starts) == 1
 
 
-def test_a_process_dies(base, whole, tmp_path):
+def test_a_process_dies(hosts, whole, tmp_path):
     """Killed while tuning, then process 0 in a baseline; on as two, as one with fewer devices, and
     as one with as many."""
     run = tmp_path / "run"
     kill = lambda part, n: {"at": [part, n], "signal": "SIGKILL"}
-    survivor, dead = two(base, *TUNE, run, faults=({}, kill("checkpoints/3", 1)))
+    survivor, dead = hosts.two(*TUNE, run, faults=({}, kill("checkpoints/3", 1)))
     assert dead.code == -signal.SIGKILL
     assert survivor.code in (3, ABORTED), survivor.err
     if survivor.code == 3:
@@ -137,32 +150,32 @@ def test_a_process_dies(base, whole, tmp_path):
     assert not (run / "best.json").exists()
 
     fewer = shutil.copytree(run, tmp_path / "fewer")
-    result = one(base, "resume", fewer, devices=1)
+    result = hosts.one("resume", fewer, devices=1)
     assert result.code == 0
     assert "devices 4 then, 1 now, processes 2 then, 1 now" in result.err
     close(outcome(fewer), outcome(whole))
 
-    dead, survivor = two(base, "resume", run, faults=(kill("results/random.json", 1), {}))
+    dead, survivor = hosts.two("resume", run, faults=(kill("results/random.json", 1), {}))
     assert dead.code == -signal.SIGKILL
     assert survivor.code in (3, ABORTED), survivor.err
     assert (run / "best.json").exists()
 
-    result = one(base, "resume", run, devices=4)
+    result = hosts.one("resume", run, devices=4)
     assert result.code == 0
     assert outcome(run) == outcome(whole)
 
 
-def test_stop_on_one_stops_all(base, whole, tmp_path):
+def test_stop_on_one_stops_all(hosts, whole, tmp_path):
     """SIGTERM to process 1 alone: both save at the same update and exit with 3."""
     run = tmp_path / "run"
     stop = {"at": ["checkpoints/2", 1], "signal": "SIGTERM"}
-    first, second = two(base, *TUNE, run, faults=({}, stop))
+    first, second = hosts.two(*TUNE, run, faults=({}, stop))
     assert (first.code, second.code) == (3, 3), (first.err, second.err)
     assert f"stopped; continue with `hyperjax resume {run}`" in first.err
     saved = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
     assert len(read_lines(run / "metrics.jsonl")) == saved[-1] * 2 * 4 < 4 * 2 * 4
     assert read_lines(run / "events.jsonl")[-1]["event"] == "interrupt"
-    assert [r.code for r in two(base, "resume", run)] == [0, 0]
+    assert [r.code for r in hosts.two("resume", run)] == [0, 0]
     assert outcome(run) == outcome(whole)
 
 

@@ -163,10 +163,11 @@ def optuna_tpe(task: Task, settings: Settings, mesh: Mesh | None):
                 else:
                     study.tell(trial, state=failed)
         keep = settings.members - first  # of a last, partly surplus batch
+        trained = trained._replace(params=_hosts.whole(lambda params: params, trained.params))
         rounds.append(jax.tree.map(lambda x, n=keep: x[:, :n], (trained, raw)))
-    trained, raw = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *rounds)
-    params, valid, best = pick(Trained(trained.params, jax.tree.map(np.asarray, trained.valid)))
-    chosen = np.asarray(raw)[np.arange(settings.seeds), best]
+    trained, raw = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *rounds)
+    params, valid, best = pick(trained)
+    chosen = raw[np.arange(settings.seeds), best]
     return params, valid, chosen, trainer.compile_seconds, time.perf_counter() - began
 
 
