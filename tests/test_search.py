@@ -230,7 +230,7 @@ def test_evolution_finds_the_minimum_of_a_sphere():
     random = np.asarray(sphere(jax.random.key(0), jax.random.uniform(jax.random.key(1), (1200, 4))))
     # Linear convergence: many orders below what as many random points reach.
     assert trials.score < 1e-6 < 1e-4 < random.min()
-    assert error(trials.point, 0.3) < 1e-3
+    assert error(trials.point, jnp.full(4, 0.3)) < 1e-3
     assert trials.failed == 0 and trials.score == trials.scores.min()
 
 
