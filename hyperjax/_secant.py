@@ -117,8 +117,9 @@ def secant(
     """`estimator` in `size` replicas around the hyperparameters, combined by `secant_gradient`.
 
     Replicas have carries of their own, and offsets evenly spaced over -+ `width` (a number, or a
-    tree of them) in raw units, in an order of its own for every scalar. They keep both from one
-    estimate to the next: their scores then tell of effects over all this time, far beyond the
+    tree of them) in raw units, in an order of its own for every scalar and in pairs of opposite
+    ones, which keeps curvature out of the slopes: so take two replicas or more per scalar. They
+    keep both from one estimate to the next: their scores then tell of effects over all this time, far beyond the
     horizon of one estimate. All replicas get the same split.
 
     Every `every` estimates they converge, as in HDET: carries become their mean (over floating
@@ -134,7 +135,7 @@ def secant(
         _checks.positive_int("secant", "every", every)
 
     def draw(key: Key, hparams: HParams) -> HParams:
-        spread = _fan_out.offsets(key, size, hparams)
+        spread = _fan_out.mirrored(key, size, hparams)
         widths = _widths(width, hparams)
         return jax.tree.map(lambda o, w: (o * w).astype(o.dtype), spread, widths)
 

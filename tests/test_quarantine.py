@@ -46,10 +46,9 @@ def test_every_rule_declares_its_promise():
 
 
 def loss(params, hparams, batch):
-    """A regression. The member that is called `bad` becomes NaN at step `when`."""
+    """A regression, or NaN with all its derivatives."""
     del hparams
-    x, y, step, when, bad = batch
-    hit = (step == when) & (params["name"] == bad)
+    x, y, hit = batch
     value = jnp.mean((jnp.tanh(x @ params["a"]) @ params["b"] - y) ** 2)
     return value * jnp.where(hit, jnp.nan, 1.0)
 
@@ -60,19 +59,22 @@ def program(name: str, every: int):
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape))
     data = draw(STEPS, INNER, 8, 3), draw(STEPS, INNER, 8)
-    params = {"a": draw(SIZE, 3, 4), "b": draw(SIZE, 4), "name": jnp.arange(1.0 * SIZE)}
+    params = {"a": draw(SIZE, 3, 4), "b": draw(SIZE, 4)}
     score = lambda p, h, batch: jnp.mean((jnp.tanh(batch[0] @ p["a"]) @ p["b"] - batch[1]) ** 2)
     training = hj.inner(SPACE.lift(loss), lambda raw: optax.adam(SPACE.constrain(raw)["lr"]))
     estimator = hj.score_only(hj.unroll(training.step), score, training.init)
-    tuner = hj.population(hj.tune(estimator, optax.set_to_zero()), RULES[name][1](every))
+    member = hj.tune(estimator, optax.set_to_zero())
+    tuner = hj.population(member, RULES[name][1](every), batches="own")
     hparams = {"lr": jnp.linspace(-1.0, 1.0, SIZE)}
 
     @jit
     def go(when, bad, key):
-        number = jnp.arange(STEPS * INNER).reshape(STEPS, INNER)
-        same = lambda x: jnp.broadcast_to(x, number.shape)
-        train = (*data, number, same(when), same(bad))
-        splits = hj.Split(train, (data[0][:, 0], data[1][:, 0]))
+        # The same data for all; the fault is that of a slot, whoever is in it.
+        everybody = lambda x: jnp.broadcast_to(x[:, None], (STEPS, SIZE, *x.shape[1:]))
+        now = jnp.arange(STEPS * INNER).reshape(STEPS, 1, INNER) == when
+        hit = now & (jnp.arange(SIZE) == bad)[None, :, None]
+        x, y = jax.tree.map(everybody, data)
+        splits = hj.Split((x, y, hit), (x[:, :, 0], y[:, :, 0]))
 
         def step(state, split):
             state, metrics = tuner.step(state, split)
@@ -88,7 +90,7 @@ def runs(name: str, every: int, seed: int):
     rng = np.random.default_rng(seed)
     when, bad = int(rng.integers(2, STEPS * INNER - 2)), int(rng.integers(SIZE))
     go, key = program(name, every), jax.random.key(seed)
-    both = [jax.tree.map(np.asarray, go(w, 1.0 * bad, key)) for w in (when, -1)]
+    both = [jax.tree.map(np.asarray, go(w, bad, key)) for w in (when, -1)]
     return when // INNER, bad, *both
 
 
