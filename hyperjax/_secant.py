@@ -119,8 +119,8 @@ def secant(
     Replicas have carries of their own, and offsets evenly spaced over -+ `width` (a number, or a
     tree of them) in raw units, in an order of its own for every scalar and in pairs of opposite
     ones, which keeps curvature out of the slopes: so take two replicas or more per scalar. They
-    keep both from one estimate to the next: their scores then tell of effects over all this time, far beyond the
-    horizon of one estimate. All replicas get the same split.
+    keep both from one estimate to the next: their scores then tell of effects over all this time,
+    far beyond the horizon of one estimate. All replicas get the same split.
 
     Every `every` estimates they converge, as in HDET: carries become their mean (over floating
     leaves) and offsets are drawn anew; None never does. A replica that diverged is left out and

@@ -11,6 +11,7 @@ import pytest
 from problems import error, jit
 
 import hyperjax as hj
+from hyperjax import _fan_out
 
 SIZE, DIM = 8, 3
 
@@ -177,6 +178,20 @@ def test_refusals():
 
 
 # ---------------------------------------------------------------------------- an estimator
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 16])
+def test_mirrored_offsets_have_no_odd_moments(size):
+    like = {"a": jnp.zeros(()), "b": jnp.zeros((2, 2), jnp.float32)}
+    drawn = _fan_out.mirrored(jax.random.key(0), size, like)
+    assert drawn["b"].shape == (size, 2, 2) and drawn["b"].dtype == jnp.float32
+    d = np.column_stack([np.asarray(x).reshape(size, -1) for x in jax.tree.leaves(drawn)])
+    places = np.linspace(-1, 1, size) if size > 1 else np.zeros(1)
+    np.testing.assert_allclose(np.sort(d, axis=0), np.tile(places[:, None], 5), atol=1e-7)
+    third = np.einsum("pi,pj,pk->ijk", d, d, d)
+    np.testing.assert_allclose(third, 0, atol=1e-12)  # opposite numbers, added in some order
+    if size == 16:  # an order and signs of its own for every scalar
+        assert len({tuple(np.argsort(column)) for column in d.T}) == 5
 
 
 def estimator(p: problems.Problem) -> hj.Estimator:
