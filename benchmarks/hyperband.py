@@ -161,9 +161,9 @@ def halving(seeds: range) -> dict:
         found = cut(state.members, splits)
         return found.slots[0], found.rungs[-1].score[0]
 
-    rows = []
+    prepare, rows = jax.jit(start), []
     for seed in seeds:
-        state, splits = jax.jit(start)(jax.random.key(seed))
+        state, splits = prepare(jax.random.key(seed))
         scores = np.asarray(everybody(state, splits))
         slot, reached = survivors(state, splits)
         order = np.argsort(np.where(np.isfinite(scores), scores, np.inf))
@@ -174,6 +174,7 @@ def halving(seeds: range) -> dict:
         }
         rows.append(row)
         print(seed, row, flush=True)
+    state, splits = prepare(jax.random.key(seeds[0]))
     calls = {"all": lambda: everybody(state, splits), "halving": lambda: survivors(state, splits)}
     times = median_times(calls, 3)
     before = [0, *(stage.budget for stage in STAGES[:-1])]

@@ -145,18 +145,20 @@ def judge(rng: np.random.Generator, curves: np.ndarray, traits: np.ndarray) -> d
     order = rng.permutation(len(curves))
     fitted, rest = order[: min(FITTED, len(order) // 2)], order[min(FITTED, len(order) // 2) :]
     final = curves[rest, -1]
+    forecasts = {}
     quality = {"last_seen": r2(final, curves[rest, KNOWN - 1])}
     for name, columns in (("curve_and_traits", traits), ("curve_only", traits[:, :0])):
         models = jax.jit(fit_curves)(jnp.asarray(curves[fitted]), jnp.asarray(columns[fitted]))
         ask = jnp.asarray(curves[rest]), jnp.asarray(columns[rest])
         forecast = predict_curve(models, *ask, KNOWN)
         quality[name] = r2(final, np.asarray(forecast.mean))
-        if name == "curve_and_traits":
-            chosen = jax.device_get(forecast)
-    quality.update(support_vectors(curves, traits, fitted, rest))
+        forecasts[name] = jax.device_get(forecast)
     stops = {}
     for delta in DELTAS:
-        runs = [search(rng.permutation(len(rest)), final, chosen, delta) for _ in range(ORDERS)]
+        runs = [
+            search(rng.permutation(len(rest)), final, forecasts["curve_and_traits"], delta)
+            for _ in range(ORDERS)
+        ]
         speedup, regret = np.mean(runs, 0)
         stops[str(delta)] = {"speedup": float(speedup), "regret": float(regret)}
     return {"r2": quality, "stops": stops}
@@ -164,21 +166,6 @@ def judge(rng: np.random.Generator, curves: np.ndarray, traits: np.ndarray) -> d
 
 def r2(truth: np.ndarray, guess: np.ndarray) -> float:
     return float(1 - np.sum((truth - guess) ** 2) / np.sum((truth - truth.mean()) ** 2))
-
-
-def support_vectors(curves, traits, fitted, rest) -> dict[str, float]:
-    """The paper's regression, where scikit-learn is installed; nothing otherwise."""
-    try:
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-        from sklearn.svm import NuSVR
-    except ImportError:
-        return {}
-    part = curves[:, :KNOWN]
-    x = np.concatenate([part, np.diff(part), np.diff(part, n=2), traits], 1)
-    model = make_pipeline(StandardScaler(), NuSVR(kernel="linear", C=0.1))
-    guess = model.fit(x[fitted], curves[fitted, -1]).predict(x[rest])
-    return {"nu_svr": r2(curves[rest, -1], guess)}
 
 
 def search(order, final, forecast, delta: float) -> tuple[float, float]:

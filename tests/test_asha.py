@@ -1,6 +1,7 @@
 """ASHA in slots: who trains when, against the paper's rule written down as a loop in Python."""
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +50,8 @@ def by_hand(broken=None):
     start, hparams = tiny.starts(SIZE)
     places, done = [np.array(x) for x in start], [0] * SIZE
     scores = [{} for _ in BUDGETS]
-    slots, started, history = [(i, 0) for i in range(SLOTS)], SLOTS, []
+    slots: list[Any] = [(i, 0) for i in range(SLOTS)]
+    started, history = SLOTS, []
     for t in range(STEPS):
         history.append([SIZE if job is None else job[0] for job in slots])
         free = []
@@ -128,7 +130,8 @@ def test_types_agree_and_float32_stays():
 
 
 def test_bad_input_is_refused():
-    for wrong in ((), (3, 1), (1, 1), (0, 1), (1.5,)):
+    wrongs: Any = ((), (3, 1), (1, 1), (0, 1), (1.5,))
+    for wrong in wrongs:
         with pytest.raises(ValueError, match="asha: `budgets` must be"):
             search.asha(tiny.tuner(), wrong, slots=2)
     with pytest.raises(ValueError, match="3 candidates cannot fill 4 slots"):

@@ -86,7 +86,11 @@ def test_children_come_from_their_parent_and_the_best_below():
             assert fits.all(1).any()
             assert not from_parent.all()
             taken += from_parent.sum()
-            redrawn += not (from_parent[None] | np.isclose(mutants, child, atol=1e-14)).all(1).any()
+            redrawn += (
+                not (from_parent[None] | np.isclose(mutants, child, rtol=0, atol=1e-14))
+                .all(1)
+                .any()
+            )
     assert taken > 0 and redrawn > 0
 
 
@@ -130,11 +134,15 @@ def test_a_child_takes_its_parents_place_unless_it_is_worse():
     assert failed > 0 and int(iterations()[-1][3].told) == len(iterations())
 
 
+def weak(x) -> bool:
+    return not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and x.weak_type
+
+
 def test_states_keep_their_types():
     start, end = SEARCH.init(jax.random.key(0)), iterations()[-1][3]
     kind = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
     assert kind(end) == kind(start)
-    assert not any(x.weak_type for x in jax.tree.leaves(start))
+    assert not any(weak(x) for x in jax.tree.leaves(start))
 
 
 def test_bad_input_is_refused():

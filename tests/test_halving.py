@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def test_diverged_members_are_kept_only_to_fill_up(bad):
     assert slots(4) == [3, 4, 1, 0]
 
 
-def members(dtype=np.float64):
+def members(dtype: Any = np.float64):
     return jax.vmap(tiny.tuner().init)(*tiny.starts(16, dtype))
 
 
@@ -160,7 +161,8 @@ def test_bad_input_is_refused():
         train(members(), tiny.splits(5))
     with pytest.raises(ValueError, match="leading axis 16, the members of the first rung"):
         train(jax.tree.map(lambda x: x[:15], members()), tiny.splits(6))
-    for wrong in ([], [(4, 2), (5, 3)], [(4, 2), (2, 2)], [(0, 1)], [(4, 1.5)]):
+    wrongs: Any = ([], [(4, 2), (5, 3)], [(4, 2), (2, 2)], [(0, 1)], [(4, 1.5)])
+    for wrong in wrongs:
         with pytest.raises(ValueError, match="successive_halving: `rungs"):
             search.successive_halving(tiny.tuner(), wrong)
     with pytest.raises(ValueError, match="`keep` must be at most the 3 members; got 4"):

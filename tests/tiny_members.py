@@ -1,7 +1,7 @@
 """Members whose training is a line of arithmetic, with NumPy's answer beside it: for tests of who
 trains, for how long and from where."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +35,13 @@ def tuner() -> hj.Tuner:
     return hj.Tuner(init, step)
 
 
-def starts(size: int, dtype=np.float64):
+def starts(size: int, dtype: Any = np.float64):
     rng = np.random.default_rng(0)
     x, rate = rng.normal(size=(size, 3)), rng.uniform(0.02, 0.9, size)
     return jnp.asarray(x, dtype), {"rate": jnp.asarray(rate, dtype)}
 
 
-def splits(steps: int, dtype=np.float64) -> hj.Split:
+def splits(steps: int, dtype: Any = np.float64) -> hj.Split:
     rng = np.random.default_rng(1)
     train, valid = rng.normal(size=(steps, 2, 3)), 0.3 * rng.normal(size=(steps, 3))
     return hj.Split(jnp.asarray(train, dtype), jnp.asarray(valid, dtype))

@@ -71,14 +71,14 @@ def dehb(
     sizes = [max(r.members for r in plan if r.budget == b) for b in ladder]
 
     def init(key: Key) -> DehbState:
-        key, draw = jax.random.split(key)
+        own, draw = jax.random.split(key)
         whole = jax.random.uniform(draw, (sum(sizes), dimension), float)
         ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
         pools = [
             Subpopulation(whole[end - n : end], jnp.full(n, jnp.inf, float), jnp.int32(0))
             for n, end in zip(sizes, ends, strict=True)
         ]
-        return DehbState(key, first.init(key), tuple(pools), jnp.int32(0))
+        return DehbState(own, first.init(key), tuple(pools), jnp.int32(0))
 
     def ask(turn: int, state: DehbState) -> tuple[Asked, DehbState]:
         now = take_turn("dehb", plan, turn)

@@ -129,14 +129,17 @@ def predict_curve(
         )
     if isinstance(known, int) and not 1 <= known <= length:
         raise ValueError(f"predict_curve: `known` must be from 1 to {length}; got {known}.")
-    seen = jnp.arange(length) < known
-    sound = jnp.isfinite(jnp.where(seen, curve, 0)).all(-1) & jnp.isfinite(traits).all(-1)
-    usable = _usable(known, length, width)
-    features = jnp.where(usable, _features(jnp.where(seen, curve, 0), traits), models.centre)
+    batch = curve.shape[:-1]
+    seen = (jnp.arange(length) < known)[None]
+    part = jnp.where(seen, curve.reshape(-1, length), 0)
+    rest = traits.reshape(-1, width).astype(part.dtype)
+    sound = jnp.isfinite(part).all(1) & jnp.isfinite(rest).all(1)
+    scaled = (_features(part, rest) - models.centre[None]) / models.scale[None]
+    scaled = jnp.where(_usable(known, length, width)[None], scaled, 0)
     row = jnp.asarray(known) - 1
-    mean = ((features - models.centre) / models.scale) @ models.weights[row] + models.offset[row]
-    deviation = jnp.broadcast_to(models.deviation[row], mean.shape)
-    return Forecast(jnp.where(sound, mean, jnp.inf), deviation)
+    mean = scaled @ models.weights[row] + models.offset[row]
+    mean = jnp.where(sound, mean, jnp.inf).reshape(batch)
+    return Forecast(mean, jnp.broadcast_to(models.deviation[row], batch))
 
 
 def outclassed(forecast: Forecast, best: jax.Array | float) -> jax.Array:
