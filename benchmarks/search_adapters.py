@@ -2,7 +2,7 @@
 
     python benchmarks/search_adapters.py
 
-MINUTES; needs the packages optuna, cmaes and evosax.
+Some five minutes of one core (estimated); needs the packages optuna, cmaes and evosax.
 
 A perceptron 64-32-10, 300 of the digits with noise of deviation 0.3 to train on, 100 steps of AdamW
 with a cosine decay, batches of 64. Six hyperparameters: rate, weight decay, first momentum, label
