@@ -43,7 +43,12 @@ SPACE = hj.space(
         "width": hj.loguniform(2.0, float(WIDEST)),
     }
 )
-PROTOTYPE = {"ols": 0.639, "nu_svr": 0.682, "curve_only": 0.672, "last_seen": 0.477}
+PROTOTYPE = {
+    "ordinary_least_squares": 0.639,
+    "nu_svr": 0.682,
+    "curve_only": 0.672,
+    "last_seen": 0.477,
+}
 
 
 def main() -> None:
@@ -153,12 +158,10 @@ def judge(rng: np.random.Generator, curves: np.ndarray, traits: np.ndarray) -> d
         forecast = predict_curve(models, *ask, KNOWN)
         quality[name] = r2(final, np.asarray(forecast.mean))
         forecasts[name] = jax.device_get(forecast)
-    stops = {}
+    chosen, stops = forecasts["curve_and_traits"], {}
     for delta in DELTAS:
-        runs = [
-            search(rng.permutation(len(rest)), final, forecasts["curve_and_traits"], delta)
-            for _ in range(ORDERS)
-        ]
+        orders = [rng.permutation(len(rest)) for _ in range(ORDERS)]
+        runs = [search(order, final, chosen, delta) for order in orders]
         speedup, regret = np.mean(runs, 0)
         stops[str(delta)] = {"speedup": float(speedup), "regret": float(regret)}
     return {"r2": quality, "stops": stops}
