@@ -4,8 +4,9 @@ choices of the same number reach.
     python benchmarks/metade.py
 
 Five functions of D = 10 variables, shifted and rotated, 5 seeds, 115 million evaluations: some ten
-minutes of one core (estimated). Inner searches have 32 points and 100 rounds; the outer one, DE/rand/1/bin with
-F = .5 and CR = .9, has 32 genes and 15 rounds, and its best gene then runs for 500 (power-up).
+minutes of one core (estimated). Inner searches have 32 points and 100 rounds; the outer one,
+DE/rand/1/bin with F = .5 and CR = .9, has 32 genes and 15 rounds, and its best gene then runs for
+500 (power-up).
 Beside it, over the same problems:
 
     best fixed   the best, by median, of four usual strategies, 500 rounds each
