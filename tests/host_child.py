@@ -52,7 +52,7 @@ def wait(pids: list[int]) -> list[int]:
                     codes[pid] = os.waitstatus_to_exitcode(status)
                 elif time.monotonic() > end:
                     os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)
+        time.sleep(0.05)
     return [codes[pid] for pid in pids]
 
 
