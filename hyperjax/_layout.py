@@ -62,9 +62,10 @@ def make_layout(members: State, chunk: Chunk, mesh: Mesh | None, axis_name: Any)
     else:
         at_once = _cached(here, member_bytes)
         why = f"a state of {member_bytes:,} bytes, in the cache of a core"
-    if devices == 1 and (spare := jax.local_device_count()) > 1:
-        why += f"; {spare} devices are there, which mesh='auto' shares the members among"
-    elif devices == 1 and jax.default_backend() == "cpu":
+    there = jax.local_device_count()
+    if devices == 1 and _sharing(size, there) > 1:
+        why += f"; {there} devices are there, which mesh='auto' shares the members among"
+    elif devices == 1 and there == 1 and size > 1 and jax.default_backend() == "cpu":
         why += f"; {_ONE_DEVICE}"
     return Layout(size, devices, at_once, member_bytes, why)
 
@@ -90,10 +91,15 @@ def resolve_mesh(mesh: Place, size: int) -> Mesh | None:
     if jax.process_count() > 1 or not jax.sharding.get_abstract_mesh().empty:
         return None
     devices = jax.local_devices()
-    count = max(n for n in range(1, len(devices) + 1) if size % n == 0)
+    count = _sharing(size, len(devices))
     if count == 1:
         return None
     return jax.make_mesh((count,), ("member",), (AxisType.Auto,), devices=devices[:count])
+
+
+def _sharing(size: int, devices: int) -> int:
+    """The most of these devices that share `size` members equally."""
+    return max(n for n in range(1, devices + 1) if size % n == 0)
 
 
 def device_count(mesh: Mesh | None) -> int:

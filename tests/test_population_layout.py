@@ -190,9 +190,8 @@ def test_layouts_say_what_and_why():
 def test_temporary_memory_is_that_of_a_chunk():
     # A step makes a product of 64 x 64 numbers, 32 kB, beside a state of half a kilobyte.
     def estimate(h, w, data):
-        return hj.Estimate(jnp.sum(jnp.sin(w[:, None] * w)) + h, h, ()), w + jnp.sin(
-            jnp.sin(w[:, None] * w[None]) @ w
-        )
+        product = jnp.sin(w[:, None] * w[None])
+        return hj.Estimate(jnp.sum(product) + h, h, ()), w + jnp.sin(product) @ w
 
     tuner = hj.tune(hj.Estimator(lambda params, h: params, estimate), optax.sgd(0.1))
 
