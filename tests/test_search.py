@@ -65,7 +65,7 @@ def test_sobol_repeats_when_its_index_is_spent():
     search = hj.search.sobol(2, 4)
     state = search.init(jax.random.key(0))
     first, _ = jit(search.ask)(state)
-    last, _ = jit(search.ask)(state._replace(index=jnp.asarray(2**20 - 2, jnp.int32)))
+    last, _ = jit(search.ask)(state._replace(following=jnp.asarray(2**20 - 2, jnp.int32)))
     assert np.array_equal(last[2:], first[:2]) and np.all((last >= 0) & (last < 1))
 
 

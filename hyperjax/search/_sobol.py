@@ -15,7 +15,7 @@ INDEX, DIGITS = 20, 24
 
 
 class SobolState(NamedTuple):
-    index: jax.Array  # int32: of the next point
+    following: jax.Array  # int32: the number of the next point
     columns: jax.Array  # bool [INDEX, D, DIGITS]: what each bit of the index adds, modulo 2
     shift: jax.Array  # bool [D, DIGITS]
 
@@ -46,13 +46,13 @@ def sobol(dim: int, batch: int, *, scramble: bool = True) -> Search:
         return SobolState(start, mixed == 1, jax.random.bernoulli(shift, shape=(dim, DIGITS)))
 
     def ask(state: SobolState):
-        index = (state.index + jnp.arange(batch, dtype=jnp.int32)) % 2**INDEX
+        index = (state.following + jnp.arange(batch, dtype=jnp.int32)) % 2**INDEX
         gray = index ^ (index >> 1)
         bits = gray[:, None] >> jnp.arange(INDEX)[None] & 1
         sums = jnp.einsum("bn,ndi->bdi", bits, state.columns.astype(jnp.int32))
         digits = (sums + state.shift[None]) % 2
         values = 0.5 ** jnp.arange(1, DIGITS + 1, dtype=float)
-        return digits @ values, state._replace(index=(state.index + batch) % 2**INDEX)
+        return digits @ values, state._replace(following=(state.following + batch) % 2**INDEX)
 
     return Search(init, ask, lambda state, points, scores: state)
 

@@ -1,11 +1,11 @@
 """What every search is: three functions, over points of the unit cube."""
 
 from collections.abc import Callable
-from typing import NamedTuple
-
-import jax
+from typing import Any, NamedTuple, TypeAlias
 
 from .._types import Key, State
+
+Array: TypeAlias = Any  # of JAX; around an object on the host, of NumPy
 
 
 class Search(NamedTuple):
@@ -21,5 +21,5 @@ class Search(NamedTuple):
     """
 
     init: Callable[[Key], State]
-    ask: Callable[[State], tuple[jax.Array, State]]
-    tell: Callable[[State, jax.Array, jax.Array], State]
+    ask: Callable[[State], tuple[Array, State]]
+    tell: Callable[[State, Array, Array], State]
