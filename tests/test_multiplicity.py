@@ -72,8 +72,8 @@ def test_diverged_members_do_not_count(rng):
 
 
 def test_a_reference_of_ones_own(rng):
-    losses, p = jnp.array([0.1, 0.5, 0.3]), jnp.asarray(rng.uniform(size=(3, 50)))
-    got = protocol.multiplicity(losses, p, epsilon=0.0, delta=0.3, reference=1)
+    losses, p = jnp.array([0.1, 0.5, 0.3]), rng.uniform(size=(3, 50))
+    got = protocol.multiplicity(losses, jnp.asarray(p), epsilon=0.0, delta=0.3, reference=1)
     assert got.members.all()  # all are as good as the reference
     far = np.abs(p - p[1]) >= 0.3
     np.testing.assert_allclose(got.ambiguity, np.mean(far.any(axis=0)))
@@ -102,7 +102,7 @@ def test_a_population_approaches_the_convex_bound(rng):
         assert np.all(got.high - x @ best <= widest * (1 + 1e-9))
         shares.append(float(got.ambiguity))
     bound = np.mean(widest >= 0.2)
-    assert shares[0] < shares[-1] <= bound
+    assert shares[0] < shares[-1] <= bound + 1e-12  # a share of 40 cases, rounded
     assert shares[-1] > 0.95 * bound
 
 

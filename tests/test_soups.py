@@ -101,7 +101,7 @@ def by_hand(members, score, ties, excluded=()):
 
 def rough(params):
     """An error rate: many ties."""
-    return jnp.round(4 * jnp.mean(jnp.abs(params["w"] - 0.2))) / 4
+    return jnp.round(16 * jnp.mean(jnp.abs(params["w"] - 0.2))) / 16
 
 
 def smooth(params):
