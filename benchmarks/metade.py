@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the outer search")
     parser.add_argument("--functions", nargs="+", default=list(FUNCTIONS), choices=FUNCTIONS)
     options = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)  # Ackley's minimum is 1e-6 in float32
     start = time.perf_counter()
     rows = {}
     for name in options.functions:
