@@ -81,7 +81,8 @@ def test_proposals_maximize_expected_improvement():
     state = told(SEARCH, points, bowl(points))
     targets = _bayesian._standardized(state)
     process = jnp.asarray([0.1, 0.2, -8.0, -1.0, -0.7])
-    chosen = _bayesian._choose(jax.random.key(0), state, targets, process[None], 1, 1, 512)
+    choose = jit(lambda key: _bayesian._choose(key, state, targets, process[None], 1, 1, 512))
+    chosen = choose(jax.random.key(0))
 
     def improvement(new):  # by dense NumPy on the rows that are there
         known = np.asarray(state.known)

@@ -35,6 +35,7 @@ def unit(group) -> np.ndarray:
 
 
 APPLY = jit(rule().apply)
+APPLY_THIRD = jit(rule(every=3).apply)
 
 
 def test_unit_points_are_the_inverse_of_quantiles(rng):
@@ -48,14 +49,14 @@ def test_unit_points_are_the_inverse_of_quantiles(rng):
 
 def test_rows_are_the_fall_of_the_score_per_step_and_only_of_whole_intervals(rng):
     points, every = rng.uniform(0.1, 0.9, (8, 2)), 3
-    exchange = rule(every=every)
-    apply = jit(exchange.apply)
     group = members(points)
-    state = exchange.init(group)
+    state = rule().init(group)
     table = rng.normal(size=(6, 8))
     for step in range(6):
-        before, after = group, None
-        after, state, events = apply(jax.random.key(step), state, group, jnp.asarray(table[step]))
+        before = group
+        after, state, events = APPLY_THIRD(
+            jax.random.key(step), state, group, jnp.asarray(table[step])
+        )
         copied = np.asarray(events.parents) != np.arange(8)
         assert copied.sum() == (2 if step in (2, 5) else 0)
         if step == 2:  # the first interval has no start
@@ -143,7 +144,7 @@ def test_copies_of_one_round_spread(rng):
 
 def test_the_fit_beats_its_starts_and_stays_in_bounds(rng):
     group, state = observed(rng, hill)
-    _, after, _ = after_one_call(group, state)
+    _, after, _ = after_one_call(group, state)  # with eight rows more
     seen = jnp.isfinite(state.change)
     rows = _pb2.Rows((state.time - 1) / 2, jnp.column_stack([(state.before + 3) / 2, state.point]))
     targets = _pb2._standardize(state.change, seen)
@@ -157,24 +158,20 @@ def test_the_fit_beats_its_starts_and_stays_in_bounds(rng):
         half = np.linalg.solve(factor, targets)
         return -half @ half / 2 - np.log(np.diag(factor)).sum()
 
-    # of the 24 rows before this call
-    _, fitted = _pb2._choose(
-        jax.random.key(0), state, jnp.asarray(unit(group)), jnp.zeros(8, bool), state.start,
-        jnp.asarray(4.0), "variance",
-    )  # fmt: skip
+    start = jnp.asarray(_pb2.START)
+    fitted = jit(_pb2._fit_kernel)(rows, targets, seen, start)
     assert likelihood(fitted) > likelihood(_pb2.START) + 1
     for kernel in (fitted, after.kernel):
         assert np.all((np.asarray(kernel) >= _pb2.LOW) & (np.asarray(kernel) <= _pb2.HIGH))
 
 
 def test_diverged_members_are_reseeded_at_once_and_leave_no_row(rng):
-    exchange = rule(every=1000)
-    apply = jit(exchange.apply)
     group = members(rng.uniform(0.1, 0.9, (8, 2)))
-    state = exchange.init(group)
+    state = rule().init(group)
     score = rng.normal(size=8)
     score[[1, 4]] = np.nan, np.inf
-    after, state, events = apply(jax.random.key(0), state, group, jnp.asarray(score))
+    # the first of three steps: no exchange is due
+    after, state, events = APPLY_THIRD(jax.random.key(0), state, group, jnp.asarray(score))
     bad = np.asarray([1, 4])
     np.testing.assert_array_equal(np.flatnonzero(events.diverged), bad)
     np.testing.assert_array_equal(np.flatnonzero(events.parents != jnp.arange(8)), bad)
@@ -194,7 +191,7 @@ def test_diverged_members_are_reseeded_at_once_and_leave_no_row(rng):
 def test_all_diverged_or_alone_nobody_moves(rng):
     for size, score in ((8, np.nan), (1, 0.5), (1, np.nan)):
         group = members(rng.uniform(0.1, 0.9, (size, 2)))
-        after, _, events = rule().apply(
+        after, _, events = APPLY(
             jax.random.key(0), rule().init(group), group, jnp.full(size, score)
         )
         np.testing.assert_array_equal(events.parents, np.arange(size))
