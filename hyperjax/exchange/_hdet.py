@@ -48,10 +48,14 @@ def hdet(
 ) -> Exchange:
     """Members spread their hyperparameters around a base, and converge by averaging params.
 
-    Between convergences they differ in nothing but their hyperparameters: gradients are averaged
-    over members by `all_reduce` in front of the optimizer, in a `population(..., axis_name=...)`.
-    (Without it members follow gradients of their own: local SGD with a controller, another method.)
-    At a convergence
+        training = hj.inner(loss, lambda raw: optax.chain(
+            hj.exchange.all_reduce("members"), optax.adam(space.constrain(raw)["lr"])))
+        tuner = hj.tune(hj.training_loss(training, loss), optax.set_to_zero())
+        together = hj.population(tuner, hj.exchange.hdet(space), axis_name="members")
+
+    Between convergences members differ in nothing but their hyperparameters: gradients are averaged
+    over them. (Without `all_reduce` they follow gradients of their own: local SGD with a
+    controller, another method.) At a convergence
 
     - params become the mean over members; optimizer states, equal anyway, stay;
     - the base moves towards the better members (see below);
