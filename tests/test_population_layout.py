@@ -113,7 +113,7 @@ def test_further_axes_of_a_mesh_are_for_data():
 
 
 @pytest.mark.parametrize("mesh", [None, "auto"])
-def test_a_step_compiles_once_and_donates(mesh):
+def test_a_step_compiles_once_and_donates(mesh, caplog):
     # Neither the places nor the types of its own result are new to a step, nor are other
     # hyperparameters, members and data.
     traces = [0]
@@ -129,10 +129,12 @@ def test_a_step_compiles_once_and_donates(mesh):
         params, hparams = starts(16, seed)
         state = first = pop.init(jax.random.key(seed), params, hparams)
         for i in range(3):
-            state, _ = step(state, split(seed=i))
+            with jax.log_compiles():
+                state, _ = step(state, split(seed=i))
         assert all(x.is_deleted() for x in jax.tree.leaves(first.members))
         np.testing.assert_array_equal(params + 0, starts(16, seed)[0])  # the caller's live on
-    assert step._cache_size() == 1
+    compiled = [x for x in caplog.messages if "Finished XLA compilation of jit(step)" in x]
+    assert len(compiled) == 1
     assert traces[0] == 1
 
 
