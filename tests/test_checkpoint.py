@@ -16,12 +16,12 @@ def member() -> hj.Tuner:
     """Params decay at a rate of their own, which moves too; the score is what is left of them."""
 
     def step(state, split):
-        w, rate = state
-        state = (w * rate, rate * 0.9 + 0.05)
-        score = jnp.sum(state[0] ** 2)
+        rate = state.hparams
+        state = hj.TunerState(rate * 0.9 + 0.05, (), state.carry * rate)
+        score = jnp.sum(state.carry**2)
         return state, hj.Metrics(score, rate, jnp.zeros(()), jnp.isfinite(score), ())
 
-    return hj.Tuner(lambda params, hparams: (params, hparams), step)
+    return hj.Tuner(lambda params, hparams: hj.TunerState(hparams, (), params), step)
 
 
 def over(count: int) -> Mesh | None:
@@ -53,7 +53,7 @@ def bits(tree) -> list[bytes]:
     return [np.asarray(plain(x)).tobytes() for x in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize(("before", "after"), [(8, 8), (8, 2), (1, 4), (4, 1)])
+@pytest.mark.parametrize(("before", "after"), [(8, 2), (1, 4), (4, 1)])
 def test_on_other_devices(tmp_path, before, after):
     # Each member is computed alone, on whichever device, so that even the last bits are the same.
     advance = lambda count, state: jax.jit(population(count).step)(state, None)[0]

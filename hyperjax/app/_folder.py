@@ -165,8 +165,10 @@ def changes(folder: Folder) -> str:
     if then.get("x64", now["x64"]) != now["x64"]:
         flag = int(not now["x64"])
         raise AppError(f"{folder.path} began in another precision; set JAX_ENABLE_X64={flag}.")
-    keys = [k for k in ("jax", "backend", "devices", "processes") if then.get(k, now[k]) != now[k]]
+    # How many devices, and not their names, which follow from the processes that they belong to.
     count = lambda value: len(value) if isinstance(value, list) else value
+    keys = ("jax", "backend", "devices")
+    keys = [k for k in keys if count(then.get(k, now[k])) != count(now[k])]
     return ", ".join(f"{k} {count(then[k])} then, {count(now[k])} now" for k in keys)
 
 
