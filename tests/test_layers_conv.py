@@ -18,7 +18,6 @@ from hyperjax.layers import conv, conv_general_dilated
 # after two derivatives of a sine sums of some hundred such.
 RTOL = 1e-12
 NUMBERS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
-WAYS = ("patches", "shifts", "xla")
 
 
 def close(got, expected):
@@ -37,7 +36,7 @@ def data(rng, space, groups, members=()):
 def product(space):
     """All of a small product: paddings, strides, dilations, groups (the last is depthwise)."""
     pads = ["SAME", "VALID", "SAME_LOWER", ((2, 1), (-1, 2), (0, 1))[:space]]
-    kinds = pads, (1, (2, 1, 3)[:space]), (1, (1, 2, 1)[:space][::-1]), (1, 2, 6)
+    kinds = pads, (1, (2, 1, 3)[:space]), (1, (2, 1, 2)[:space]), (1, 2, 6)
     return [(p, s, d, g) for p, s, d, g in itertools.product(*kinds)]
 
 
@@ -61,7 +60,13 @@ def ours(x, kernel, padding, strides, dilation, groups, implementation="auto"):
 
 
 def scalar(apply, *options):
-    return lambda x, kernel: jnp.sum(jnp.sin(apply(x, kernel, *options)))
+    """A nonlinear function of the outputs that tells each from the others."""
+
+    def weighed(x, kernel):
+        y = apply(x, kernel, *options)
+        return jnp.sum(jnp.sin(y) * jnp.reshape(jnp.cos(jnp.arange(y.size)), y.shape))
+
+    return weighed
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
@@ -71,20 +76,18 @@ def test_values_over_the_product(rng, space, groups):
     options = [o for o in product(space) if o[-1] == groups]
     by = lambda apply, *way: jax.jit(lambda: [apply(x, kernel, *o, *way) for o in options])()
     expected = by(truth)
-    for way in WAYS[:2]:
-        close(by(ours, way), expected)
+    close(by(ours), expected)
 
 
-@pytest.mark.parametrize("implementation", WAYS[:2])
 @pytest.mark.parametrize("groups", [1, 2, 6])
-def test_gradients(rng, groups, implementation):
+def test_gradients(rng, groups):
     x, kernel = data(rng, 2, groups)
     options = (((2, 1), (-1, 2)), (2, 1), (1, 2), groups)
     gradient = lambda *a: jax.jit(jax.grad(scalar(*a), argnums=(0, 1)))(x, kernel)
-    close(gradient(ours, *options, implementation), gradient(truth, *options))
+    close(gradient(ours, *options), gradient(truth, *options))
 
 
-@pytest.mark.parametrize("implementation", ["auto", *WAYS])
+@pytest.mark.parametrize("implementation", ["auto", "xla", "patches"])
 @pytest.mark.parametrize("groups", [1, 3, 6])
 def test_values_in_three_dimensions_and_by_every_implementation(rng, groups, implementation):
     x, kernel = data(rng, 3, groups)
@@ -282,7 +285,7 @@ REFUSALS = {
     "conv: the window reaches over (5,), further than `x` with its padding, (4,)": lambda: conv(
         ones(4, 2), ones(3, 2, 4), dilation=2, padding="VALID"
     ),
-    "conv: `implementation` must be one of 'auto', 'xla', 'patches', 'shifts'; got 'fft'": (
+    "conv: `implementation` must be one of 'auto', 'xla', 'patches'; got 'fft'": (
         lambda: conv(ones(6, 2), ones(3, 2, 4), implementation="fft")
     ),
     "conv_general_dilated: `batch_group_count` must be 1; got 2. Take `jax.lax": (

@@ -1,8 +1,9 @@
 """Convolutions that stay fast when every member of a population has a kernel of its own.
 
-Under vmap over kernels XLA's convolution becomes one in groups, which is 10 to 40 times slower on
-CPU, and so does its derivative in a kernel that is shared by a vmapped input. Products with what
-the window sees become batched products, in every derivative.
+Under vmap over kernels XLA's convolution becomes one in groups, which on CPU is some ten times
+slower than products with what the window sees (benchmarks/population_layers.py), and so does its
+derivative in a kernel that is shared by a vmapped input. Products become batched products, in
+every derivative.
 
 The choice is made where the layer is called and not by a batching rule, since
 `jax.custom_batching.custom_vmap` has no reverse mode of its own (jax 0.10.2): `vmap(grad(f))`
@@ -19,10 +20,10 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from .. import _checks
-from ._convolve import Formulation, Products, convolver
+from ._convolve import Products, convolver
 from ._windows import Padding, Windows, extent, pads_of, per_axis
 
-Implementation: TypeAlias = Literal["auto", "xla", "patches", "shifts"]
+Implementation: TypeAlias = Literal["auto", "xla", "patches"]
 
 
 def conv(
@@ -46,11 +47,10 @@ def conv(
 
     - "patches": one product with the patches of x, which hold it as many times as the window has
       entries (of a window of 3 x 3: 9 times) and are kept for the derivative.
-    - "shifts": a product for each entry of the window, added up; x is held about once.
     - "xla": XLA's convolution. On CPU many times slower inside `lax.scan`, and under vmap over
       kernels.
-    - "auto": shifts where each group has one channel (depthwise), else patches, on every backend.
-      For one large model on an accelerator "xla" is the better choice.
+    - "auto": patches, for any number of groups. On accelerators nothing was measured; try "xla"
+      there for one large model.
 
     Raises ValueError for shapes, dtypes or arguments that do not fit, and for a window that is
     larger than x with its padding.
@@ -65,7 +65,7 @@ def conv(
     reach = extent(window, dilation)
     pads = pads_of("conv", padding, images.shape[1:-1], reach, strides)
     windows = Windows(window, strides, pads, dilation, (1,) * space)
-    formulation = _formulation(implementation, kernel, groups)
+    formulation = "patches" if implementation == "auto" else implementation
     y = convolver(images, windows, groups, formulation)(kernel)
     return jnp.reshape(y, (*lead, *y.shape[1:]))
 
@@ -121,9 +121,8 @@ def conv_general_dilated(
     )
     _check(where, x, kernel, feature_group_count, "auto")
     windows = _windows(where, x, kernel, window_strides, padding, lhs_dilation, rhs_dilation)
-    formulation = _formulation("auto", kernel, feature_group_count)
     products = Products(precision, preferred_element_type)
-    y = convolver(x, windows, feature_group_count, formulation, products)(kernel)
+    y = convolver(x, windows, feature_group_count, "patches", products)(kernel)
     batch, channel, *places = spec.out_spec
     order = (batch, *places, channel)
     return jnp.transpose(y, sorted(range(y.ndim), key=lambda axis: order[axis]))
@@ -142,12 +141,6 @@ def _windows(where: str, x, kernel, strides, padding, lhs_dilation, rhs_dilation
     sizes = extent(x.shape[1:-1], holes)
     pads = pads_of(where, padding, sizes, extent(kernel.shape[:space], dilation), strides)
     return Windows(kernel.shape[:space], strides, pads, dilation, holes)
-
-
-def _formulation(implementation: Implementation, kernel: jax.Array, groups: int) -> Formulation:
-    if implementation != "auto":
-        return implementation
-    return "shifts" if groups > 1 and kernel.shape[-2] == 1 else "patches"
 
 
 def _check(where: str, x, kernel, groups: int, implementation: str) -> None:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import operator
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -11,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from ._windows import Windows, patches, shifts
+from ._windows import Windows, patches
 
-Formulation: TypeAlias = Literal["xla", "patches", "shifts"]
+Formulation: TypeAlias = Literal["xla", "patches"]
 
 
 class Products(NamedTuple):
@@ -35,21 +34,17 @@ def convolver(
 ) -> Callable[[jax.Array], jax.Array]:
     """Of x [n, *space, in], as a function of kernels [*window, in / groups, out].
 
-    By patches of x, which are taken once for all kernels; by one product for each entry of the
-    window, added up; or by XLA's own convolution. On CPU that one is up to a half quicker in a
-    program of its own, and many times slower inside `lax.scan`, where training happens.
+    By patches of x, which are taken once for all kernels, or by XLA's own convolution. On CPU that
+    one is up to a half quicker in a program of its own, and many times slower inside
+    `lax.scan`, where training happens.
     """
     if formulation == "xla":
         return lambda kernel: _xla(x, kernel, windows, groups, products)
-    if formulation == "shifts" and x.shape[-1] == groups > 1:
-        shifted = shifts(x, windows)
-        return lambda kernel: _depthwise(products, shifted, kernel)
-    look, product = {"patches": (patches, _by_patches), "shifts": (shifts, _by_shifts)}[formulation]
-    product = functools.partial(product, products)
+    product = functools.partial(_product, products)
     if groups == 1:
-        seen = look(x, windows)
+        seen = patches(x, windows)
         return lambda kernel: product(seen, kernel)
-    seen = jax.vmap(lambda x: look(x, windows), in_axes=-2)(_apart(x, groups))
+    seen = jax.vmap(lambda x: patches(x, windows), in_axes=-2)(_apart(x, groups))
 
     def grouped(kernel: jax.Array) -> jax.Array:
         y = jax.vmap(product, in_axes=(0, -2), out_axes=-2)(seen, _apart(kernel, groups))
@@ -63,46 +58,11 @@ def _apart(x: jax.Array, groups: int) -> jax.Array:
     return jnp.reshape(x, (*x.shape[:-1], groups, x.shape[-1] // groups))
 
 
-def _by_patches(products: Products, seen: jax.Array, kernel: jax.Array) -> jax.Array:
+def _product(products: Products, seen: jax.Array, kernel: jax.Array) -> jax.Array:
     """[n, *places, window * in], [*window, in, out]. Matrices, as they need no transposition."""
     rows = jnp.reshape(seen, (math.prod(seen.shape[:-1]), seen.shape[-1]))
     y = jnp.dot(rows, jnp.reshape(kernel, (-1, kernel.shape[-1])), **products._asdict())
     return jnp.reshape(y, (*seen.shape[:-1], kernel.shape[-1]))
-
-
-def _by_shifts(products: Products, seen: list[jax.Array], kernel: jax.Array) -> jax.Array:
-    """Arrays [n, *places, in], one for each entry of the window."""
-    entries = jnp.reshape(kernel, (-1, *kernel.shape[-2:]))
-    wide = _wide(products, kernel)
-    terms = [
-        jnp.dot(x, w, precision=products.precision, preferred_element_type=wide)
-        for x, w in zip(seen, entries, strict=True)
-    ]
-    return _sum(products, terms, kernel)
-
-
-def _depthwise(products: Products, seen: list[jax.Array], kernel: jax.Array) -> jax.Array:
-    """One channel per group: products entry by entry, which XLA makes one loop of."""
-    channels = seen[0].shape[-1]
-    wide = _wide(products, kernel)
-    ones = (1,) * (seen[0].ndim - 1)
-    entries = jnp.reshape(kernel, (-1, *ones, channels, kernel.shape[-1] // channels))
-    terms = [x[..., None].astype(wide) * w for x, w in zip(seen, entries.astype(wide), strict=True)]
-    y = _sum(products, terms, kernel)
-    return jnp.reshape(y, (*y.shape[:-2], -1))
-
-
-def _wide(products: Products, kernel: jax.Array):
-    """The type of a sum over the window: at least float32, as in a product of matrices."""
-    given = products.preferred_element_type or kernel.dtype
-    if not jnp.issubdtype(given, jnp.inexact):
-        return jnp.dtype(given)
-    return jnp.promote_types(given, jnp.float32)
-
-
-def _sum(products: Products, terms: list[jax.Array], kernel: jax.Array) -> jax.Array:
-    total = functools.reduce(operator.add, terms)
-    return total.astype(products.preferred_element_type or kernel.dtype)
 
 
 def _xla(x, kernel, windows: Windows, groups: int, products: Products) -> jax.Array:

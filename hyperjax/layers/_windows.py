@@ -1,7 +1,5 @@
 """How a window moves over space: its arguments, checked, and what it sees."""
 
-import functools
-import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -81,17 +79,6 @@ def patches(x: jax.Array, windows: Windows) -> jax.Array:
         parts = [_slice(x, axis, offset, windows) for offset in range(windows.window[axis])]
         x = jnp.concatenate(parts, axis=-1)
     return x
-
-
-def shifts(x: jax.Array, windows: Windows) -> list[jax.Array]:
-    """The same, entry by entry of the window: arrays [n, *places, in]."""
-    x = _padded(x, windows)
-
-    def shifted(offsets: tuple[int, ...]) -> jax.Array:
-        pairs = enumerate(offsets)
-        return functools.reduce(lambda y, pair: _slice(y, *pair, windows), pairs, x)
-
-    return [shifted(offsets) for offsets in itertools.product(*map(range, windows.window))]
 
 
 def _padded(x: jax.Array, windows: Windows) -> jax.Array:
