@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from .._layout import Layout
 from .._space import Space
 from .._tuner import Metrics
 from .._types import Split
@@ -63,6 +64,7 @@ class Program(NamedTuple):
     place: Callable[[Any], Any]  # a state from a checkpoint, back on the devices
     compile_seconds: float
     memory_bytes: int  # the compiler's temporary memory
+    layout: Layout  # of the members of one study
 
 
 def study_keys(settings: Settings) -> jax.Array:
@@ -84,7 +86,8 @@ def compile_program(task: Task, method: Method, settings: Settings, mesh: Mesh |
             return jax.vmap(update, (0, 0, None))(state, keys, t)
 
         state, metrics = jax.lax.scan(body, state, first + jnp.arange(settings.updates_per_call))
-        return state, _history(task.space, metrics.members, metrics.events).arrays()
+        history = _history(task.space, metrics.members, metrics.events)
+        return state, (history.arrays(), metrics.layout)
 
     def begin():
         return jax.vmap(lambda key: method.start(jax.random.fold_in(key, 0)))(keys)
@@ -97,17 +100,18 @@ def compile_program(task: Task, method: Method, settings: Settings, mesh: Mesh |
     program = jax.jit(
         chunk, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, logs)
     )
-    compiled = program.lower(jax.eval_shape(start), np.int32(0)).compile()
+    lowered = program.lower(jax.eval_shape(start), np.int32(0))
+    compiled, layout = lowered.compile(), lowered.out_info[1][1]
     seconds = time.perf_counter() - began
 
     def advance(state, first: int) -> tuple[Any, History]:
-        state, arrays = compiled(state, np.int32(first))
+        state, (arrays, _) = compiled(state, np.int32(first))
         return state, History(*[np.asarray(x) for x in arrays])
 
     forecast = compiled.memory_analysis()
     memory = forecast.temp_size_in_bytes if forecast else 0  # not every backend has one
     place = lambda state: jax.device_put(state, shardings) if mesh else state
-    return Program(advance, start, place, seconds, memory)
+    return Program(advance, start, place, seconds, memory, layout)
 
 
 def _history(space: Space, members: Metrics, events: Events) -> History:

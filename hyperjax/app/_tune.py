@@ -40,6 +40,7 @@ def tune(
             f"compiled in {program.compile_seconds:.1f} s; "
             f"the compiler reserves {program.memory_bytes / 2**20:.0f} MiB per device"
         )
+        out.line(f"in each study {program.layout}")
         state, history, seconds = _restore(checkpoints, program, settings, len(task.space.names))
         folder.rewind("metrics.jsonl", done)  # what came after will be computed, and logged, again
         folder.rewind("events.jsonl", done)
