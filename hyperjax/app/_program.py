@@ -61,7 +61,6 @@ class Program(NamedTuple):
 
     advance: Callable[[Any, int], tuple[Any, History]]
     start: Callable[[], Any]  # the state before the first update
-    place: Callable[[Any], Any]  # a state from a checkpoint, back on the devices
     compile_seconds: float
     memory_bytes: int  # the compiler's temporary memory
     layout: Layout  # of the members of one study
@@ -110,8 +109,7 @@ def compile_program(task: Task, method: Method, settings: Settings, mesh: Mesh |
 
     forecast = compiled.memory_analysis()
     memory = forecast.temp_size_in_bytes if forecast else 0  # not every backend has one
-    place = lambda state: jax.device_put(state, shardings) if mesh else state
-    return Program(advance, start, place, seconds, memory, layout)
+    return Program(advance, start, seconds, memory, layout)
 
 
 def _history(space: Space, members: Metrics, events: Events) -> History:

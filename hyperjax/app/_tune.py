@@ -81,7 +81,7 @@ def _restore(checkpoints: Checkpoints, program: Program, settings: Settings, nam
     like = _saved(state, empty_history(settings, names, done), 0.0)
     saved = checkpoints.restore(done, like)
     history = History(*[np.asarray(x) for x in saved["history"]])
-    return program.place(saved["state"]), history, float(saved["seconds"][0])
+    return saved["state"], history, float(saved["seconds"][0])
 
 
 def _log_chunk(folder: Folder, settings: Settings, task: Task, part: Progress) -> None:
