@@ -9,8 +9,8 @@ of deviation 0.35; 600 images train, 600 define who is near-optimal, 597 are the
 1. 64 perceptrons 64-64-1 over rates, decays and seeds. Expected: ambiguity and discrepancy rise
    with epsilon, are 0 at epsilon 0, and discrepancy never exceeds ambiguity.
 2. Logistic regression on the first principal components, where the largest deviation of a case over
-   all near-optimal models is a convex problem; 200 of the cases. Expected: 64 models at the edge of the
-   near-optimal set, in random directions, see at least 80 % of the optimised ambiguity in two
+   all near-optimal models is a convex problem; 200 of the cases. Expected: 64 models at the edge of
+   the near-optimal set, in random directions, see at least 80 % of the optimised ambiguity in two
    components; the share falls with the dimension, and models that were merely trained see less.
 
 Nothing was tuned; the first seed is 1000.
