@@ -1,6 +1,6 @@
 """Layers under vmap over members with weights of their own: the naive way against others.
 
-    python benchmarks/population_layers.py            # some four minutes on two cores
+    python benchmarks/population_layers.py            # five to ten minutes on two cores
     python benchmarks/population_layers.py --layers embedding gru --members 8
 
 One training step is the gradient of a layer's mean squared output against a target, in its weights
@@ -13,14 +13,15 @@ of 3 x 3, 16 and 32 channels, 28 x 28 images in batches of 32, max pooling, SGD.
 
 What is at least 1.3 times as fast as the naive way at both 8 and 32 members is in
 `hyperjax.layers`; the other rows are here so that nobody need try again. Not yet run in full. On a
-busy machine, at 8 members: patches ten times the naive way for the unit CNN and four times for
-depthwise convolutions, where shifts are slower than XLA's; no other way to write embedding,
+busy machine, at 8 members: patches some ten times the naive way for convolutions (more one by one)
+and four for depthwise ones, where shifts are slower than XLA's; no other way to write embedding,
 attention, recurrent cells or layer norm came to 1.3 in CPU time, and one-hot products were ten
 times slower. Layer norm one by one was twice as fast, which is the population's `chunk`.
 """
 
 import argparse
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ def shifted(kernel: jax.Array, x: jax.Array) -> jax.Array:
     """A product for each entry of the window, added up; entry by entry where it is depthwise."""
     window = kernel.shape[:-2]
     pads = [(0, 0), *(((k - 1) // 2, k // 2) for k in window), (0, 0)]
-    padded, total = jnp.pad(x, pads), 0
+    padded, terms = jnp.pad(x, pads), []
     for offset in np.ndindex(*window):
         end = [o + n for o, n in zip(offset, x.shape[1:-1], strict=True)]
         seen = lax.slice(padded, (0, *offset, 0), (len(x), *end, x.shape[-1]))
@@ -74,8 +75,8 @@ def shifted(kernel: jax.Array, x: jax.Array) -> jax.Array:
             if into > 1
             else seen * jnp.reshape(kernel[offset], (1,) * (x.ndim - 1) + (-1,))
         )
-        total = total + term
-    return total
+        terms.append(term)
+    return functools.reduce(operator.add, terms)
 
 
 def convolution(
@@ -170,7 +171,7 @@ def recur(weights, x: jax.Array, gates: int, before: bool) -> jax.Array:
     times = jnp.moveaxis(x, 1, 0)
     zero = jnp.zeros((len(x), own.shape[0]), x.dtype)
 
-    def step(state, now):
+    def step(state: Any, now: jax.Array) -> tuple[Any, Any]:
         seen = now if before else now @ into
         state = gru_cell(state, seen, own) if gates == 3 else lstm_cell(state, seen, own)
         return state, state if gates == 3 else state[1]
@@ -305,7 +306,8 @@ def loop(members: int, rounds: int) -> float:
     each = [layer.weights(rng) for _ in range(members)]
     x = layer.x(rng)
     states = [(jax.tree.map(lambda leaf: leaf[None], w), x) for w in each]
-    # No scan: XLA's convolution is fast in a program of its own only.
+    # No scan, as XLA's convolution is fast in a program of its own only; and neither the gradient in
+    # the input nor the update, which favours it.
     step = lambda state: jax.value_and_grad(
         lambda w: jnp.sum(jnp.square(network(w, state[1], "xla") - 1)) / len(x)
     )(jax.tree.map(lambda leaf: leaf[0], state[0]))

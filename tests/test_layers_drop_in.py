@@ -1,5 +1,7 @@
 """Flax models for populations by one argument: the same parameters, outputs and training."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,11 @@ from jax import lax
 
 import hyperjax as hj
 
-FAST = {"conv_general_dilated": hj.layers.conv_general_dilated}
+FAST: dict[str, Any] = {"conv_general_dilated": hj.layers.conv_general_dilated}
 # Float64, sums of at most some hundred terms in another order.
 ATOL = 1e-12
 
-CASES = {
+CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "plain": ((8, 7, 3), {"kernel_size": (3, 3)}),
     "strided": ((8, 7, 3), {"kernel_size": (3, 2), "strides": 2, "padding": "VALID"}),
     "depthwise": ((8, 7, 6), {"kernel_size": (3, 3), "feature_group_count": 6}),
@@ -50,9 +52,8 @@ def test_linen_conv_gives_the_same(rng, key, name):
     fast = linen.Conv(12, **options, **FAST, param_dtype=jnp.float64)
     variables = plain.init(key, x)
     assert jax.tree.map(jnp.shape, fast.init(key, x)) == jax.tree.map(jnp.shape, variables)
-    np.testing.assert_allclose(
-        fast.apply(variables, x), plain.apply(variables, x), rtol=0, atol=ATOL
-    )
+    got, expected = (jnp.asarray(m.apply(variables, x)) for m in (fast, plain))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=ATOL)
 
 
 class Network(nnx.Module):
