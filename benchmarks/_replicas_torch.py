@@ -12,7 +12,7 @@ RATE, DECAY = 1e-3, 1e-4  # of optax.adamw, as `_replicas` has it
 
 def calls(sizes: Sequence[int], batches: Any, replicas: int) -> dict[str, Callable[[], Any]]:
     """Calls that train `replicas` through all of `batches` once, by name."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     if hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(len(os.sched_getaffinity(0)))

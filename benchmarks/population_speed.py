@@ -149,8 +149,8 @@ def _lowered(function: Callable, *arguments):
     began = time.perf_counter()
     program = jax.jit(function, donate_argnums=0).lower(*arguments).compile()
     seconds = time.perf_counter() - began
-    memory = program.memory_analysis()
-    return program, {"compile_s": seconds, "temp_bytes": memory.temp_size_in_bytes}
+    temporary = getattr(program.memory_analysis(), "temp_size_in_bytes", None)
+    return program, {"compile_s": seconds, "temp_bytes": temporary}
 
 
 def population(exchange, model: Model, replicas: int, batches):

@@ -13,7 +13,7 @@ from ._types import HParams, Params, PyTree
 class Bucket(NamedTuple):
     """Members whose arrays have the same shapes and types: what one population takes."""
 
-    index: tuple[int, ...]  # which of the members that were passed
+    order: tuple[int, ...]  # which of the members that were passed
     params: Params  # leaves [P, ...]
     hparams: HParams  # leaves [P, ...]
 
@@ -57,7 +57,7 @@ def unbucket(parts: Sequence[Bucket], results: Sequence[PyTree]) -> list[PyTree]
         )
     rows = {}
     for part, result in zip(parts, results, strict=True):
-        size = len(part.index)
+        size = len(part.order)
         faults = [
             f"{_checks.path(k)}: {_checks.describe(x)}"
             for k, x in jax.tree_util.tree_leaves_with_path(result)
@@ -68,7 +68,7 @@ def unbucket(parts: Sequence[Bucket], results: Sequence[PyTree]) -> list[PyTree]
                 f"unbucket: leaves of `results` need the leading axis of their bucket, {size} "
                 f"members; got {', '.join(faults)}."
             )
-        for row, i in enumerate(part.index):
+        for row, i in enumerate(part.order):
             rows[i] = jax.tree.map(lambda x, row=row: x[row], result)
     return [rows[i] for i in sorted(rows)]
 

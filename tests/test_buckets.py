@@ -27,9 +27,9 @@ def training() -> hj.Tuner:
 def test_members_are_stacked_with_their_like():
     members = [member(width, i) for i, width in enumerate(WIDTHS)]
     parts = hj.buckets(members)
-    assert [part.index for part in parts] == [(0, 2, 5), (1, 4), (3,)]
+    assert [part.order for part in parts] == [(0, 2, 5), (1, 4), (3,)]
     for part in parts:
-        for row, i in enumerate(part.index):
+        for row, i in enumerate(part.order):
             np.testing.assert_array_equal(part.params["w"][row], members[i][0]["w"])
             np.testing.assert_array_equal(part.hparams["lr"][row], members[i][1]["lr"])
     back = hj.unbucket(parts, [(part.params, part.hparams) for part in parts])
@@ -42,7 +42,7 @@ def test_types_and_structures_tell_buckets_apart():
     b = ({"w": jnp.zeros(3, jnp.float32)}, {"lr": jnp.zeros(())})
     c = ({"v": jnp.zeros(3)}, {"lr": jnp.zeros(())})
     d = ({"w": jnp.zeros(3)}, {"lr": jnp.zeros(2)})
-    assert [part.index for part in hj.buckets([a, b, c, d, a])] == [(0, 4), (1,), (2,), (3,)]
+    assert [part.order for part in hj.buckets([a, b, c, d, a])] == [(0, 4), (1,), (2,), (3,)]
 
 
 def test_populations_of_buckets_are_single_runs():

@@ -53,7 +53,7 @@ def same(a, b) -> None:
         np.testing.assert_allclose(x, y, rtol=1e-13, atol=1e-13)
 
 
-def row(tree, i: int):
+def row(tree, i):
     return jax.tree.map(lambda x: x[i], tree)
 
 
@@ -104,7 +104,7 @@ def test_further_axes_of_a_mesh_are_for_data():
         pop = hj.population(tuner, ALONE, chunk=chunk, mesh=mesh)
         state = pop.init(jax.random.key(0), *starts(8))
         program = jit(pop.step).lower(state, data).compile()
-        assert "all-reduce" in program.as_text()  # means over the data of two devices
+        assert "all-reduce" in str(program.as_text())  # means over the data of two devices
         found, metrics = program(state, data)
         _, h = starts(8)
         # The closed form of one step, h - 0.1 * 2 mean(h - x).
