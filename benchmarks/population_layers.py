@@ -306,8 +306,8 @@ def loop(members: int, rounds: int) -> float:
     each = [layer.weights(rng) for _ in range(members)]
     x = layer.x(rng)
     states = [(jax.tree.map(lambda leaf: leaf[None], w), x) for w in each]
-    # No scan, as XLA's convolution is fast in a program of its own only; and neither the gradient in
-    # the input nor the update, which favours it.
+    # No scan, as XLA's convolution is fast in a program of its own only, and neither gradient of
+    # the input nor update, which favours it.
     step = lambda state: jax.value_and_grad(
         lambda w: jnp.sum(jnp.square(network(w, state[1], "xla") - 1)) / len(x)
     )(jax.tree.map(lambda leaf: leaf[0], state[0]))
