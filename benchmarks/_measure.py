@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import json
+import math
 import os
 import platform
 import shutil
@@ -94,11 +95,24 @@ def by_default(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
 
 
 def record(name: str, data: Mapping[str, Any]) -> Path:
-    """Write results/<name>.json: the data, and the machine, versions and commit it came from."""
+    """Write results/<name>.json: the data, and the machine, versions and commit it came from.
+
+    A number that is not finite becomes null.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"commit": commit(), "env": machine(), **data}, indent=1) + "\n")
+    data = {"commit": commit(), "env": machine(), **data}
+    path.write_text(json.dumps(_plain(data), indent=1, allow_nan=False) + "\n")
     return path
+
+
+def _plain(data: Any) -> Any:
+    """What JSON can hold: no number, in place of one that is not finite."""
+    if isinstance(data, Mapping):
+        return {k: _plain(v) for k, v in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(v) for v in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def commit() -> str:

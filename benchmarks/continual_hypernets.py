@@ -3,9 +3,9 @@
     python benchmarks/continual_hypernets.py [--only digits|intervals|mnist] [--seeds 5]
 
 Nothing to download for `digits` and `intervals`; `mnist` needs `--data-dir DIR` or HYPERJAX_DATA
-(see `hyperjax data list`) and is left out without. One seed of `digits` takes a minute and a half
-of one core, one of `intervals` four minutes. `--steps 100 --seeds 1` is the small setting; a record
-is written only of the settings in the file, with `--steps` and `--seeds` left alone.
+(see `hyperjax data list`) and is left out without. All three take half an hour of one core.
+`--steps 100 --seeds 1` is the small setting; a record is written only of the settings in the file,
+with `--steps` and `--seeds` left alone.
 
 A seed draws the split of the images, the orders of the pixels, the weights and the batches. Rates,
 steps and sizes of embeddings were chosen on seed 0, by its test accuracy (at rate 1e-3 and

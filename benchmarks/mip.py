@@ -1,7 +1,7 @@
 """Magnitude invariant parametrizations (Ortiz et al. 2024, arXiv 2304.07645): what they save.
 
-    python benchmarks/mip.py                     # digits: some 15 to 25 minutes on two idle cores
-    python benchmarks/mip.py --data-dir DIR      # MNIST as well: some 10 minutes more
+    python benchmarks/mip.py                     # digits: some 10 minutes of one core
+    python benchmarks/mip.py --data-dir DIR      # MNIST as well: 13 minutes
     python benchmarks/mip.py --small             # some minutes: 2 seeds, 400 steps, no record
 
 A perceptron with 64 hidden units whose weights a hypernetwork (16, 128) makes from gamma in [0, 1]:
@@ -17,8 +17,10 @@ steps is the goal: how many steps do the others need for it?
 
 Expected: the slope of log norm(weights) against log gamma is 1 at first, that of log norm(gradient)
 1 or more, for hidden activations of the model grow as well; both are below 0.1 with the
-encoding. SGD without needs three times the steps, or more, to the goal. The
-paper's tables were not at hand; "prototype" is what a throw-away program gave.
+encoding. Found: without, Adam needs three times the steps or more to the goal, on both data
+sets. SGD needs them at 0.03 on the digits, where one seed of five diverges in either case, but not
+at 0.01 and not on MNIST; the default here is initialized by hyperfan-in. The paper's tables were
+not at hand; "prototype" is what a throw-away program gave.
 """
 
 import argparse
@@ -260,11 +262,15 @@ def verdicts(result: dict) -> dict:
         "gradient: slope < 0.1 with MIP, mean": abs(gradients["MIP"]) < 0.1,
     }
     for data, steps in (("digits", result["steps"]), ("mnist", result["steps"] // 3)):
-        for name in ("SGD 0.01", "SGD 0.03") if data in result else ():
-            rows = result[data][name]["default"]["steps_to_the_loss_of_mip_at_a_third"]
-            ratios = [math.inf if r is None else r / third_of(steps) for r in rows]
-            verdict = float(np.median(ratios)) >= 3
-            found[f"{data}, {name}: default needs >= 3 times the steps, median"] = verdict
+        for optimizer in OPTIMIZERS if data in result else ():
+            rows = result[data][optimizer]
+            times = rows["default"]["steps_to_the_loss_of_mip_at_a_third"]
+            goals = rows["MIP"]["excess_at_a_third"]["each"]
+            # Where MIP itself diverged there is nothing to reach.
+            sound = [t for t, goal in zip(times, goals, strict=True) if math.isfinite(goal)]
+            ratios = [math.inf if t is None else t / third_of(steps) for t in sound]
+            what = f"{data}, {optimizer}: default needs >= 3 times the steps"
+            found[f"{what}, median of {len(sound)} seeds"] = float(np.median(ratios)) >= 3
     for name, verdict in found.items():
         print("met   " if verdict else "missed", name, flush=True)
     return found | {"prototype_excess_at_1000": PROTOTYPE}

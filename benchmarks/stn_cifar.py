@@ -3,12 +3,11 @@
     python benchmarks/stn_cifar.py --data-dir DIR
 
 DIR holds cifar10_small/train_10k.npz and test_2k.npz (see `hyperjax data list`); without it
-HYPERJAX_DATA names the folder. It needs Pillow and Optuna. About half an hour on one core, as
-estimated from the cost of single steps: it has not been run in full. 8,500 images to train, 1,500
-to validate, 2,000 to test. The network is like AlexNet, narrow: five convolutions of 3 x 3 (16, 32,
-48, 48, 32 channels, the first strided, the maximum over 2 x 2 after 1, 2 and 5) and dense layers of
-128, 128 and 10, under SGD (0.02, momentum 0.9, gradients clipped to norm 1), batches of 50, 2,000
-steps.
+HYPERJAX_DATA names the folder. It needs Pillow and Optuna; 50 minutes of one core. 8,500 images to
+train, 1,500 to validate, 2,000 to test. The network is like AlexNet, narrow: five convolutions of
+3 x 3 (16, 32, 48, 48, 32 channels, the first strided, the maximum over 2 x 2 after 1, 2 and 5) and
+dense layers of 128, 128 and 10, under SGD (0.02, momentum 0.9, gradients clipped to norm 1),
+batches of 50, 2,000 steps.
 
 The hyperparameters are those of the self-tuning networks' experiment (arXiv 1903.03088): dropout on
 the inputs, after each convolution and on both hidden layers; hue, contrast, saturation, brightness,
@@ -17,10 +16,13 @@ two integers.
 
 Self-tuning networks and Delta-STN (arXiv 2010.13514) against random search and Optuna's TPE, which
 have three times the CPU seconds of a run of the former; the record says how many times those of the
-latter. All are judged at the check of smallest
-validation loss. Target: validation and test loss at or below those of both searches, on means over
-the seeds. The paper's figures for the full data and AlexNet, from memory: validation and test loss
-0.575 and 0.576, Bayesian optimisation 0.636 and 0.651, random search 0.921 and 0.752.
+latter. All are judged at the check of smallest validation loss. Target: validation and test loss at
+or below those of both searches, on means over the seeds. The paper's figures for the full data and
+AlexNet, from memory: validation and test loss 0.575 and 0.576, Bayesian optimisation 0.636 and
+0.651, random search 0.921 and 0.752.
+
+Found: STN, whose weights answer every draw, learns too little in 2,000 steps and is 16 to 17 %
+above both searches. Delta-STN is 1 % below both on validation and even with them on test.
 """
 
 import jax.numpy as jnp

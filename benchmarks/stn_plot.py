@@ -79,7 +79,7 @@ def mnist(data: dict[str, Any]) -> Panel:
 
 def cifar(data: dict[str, Any]) -> Panel:
     keep = ("dropout[0]", "dropout[6]", "dropout[7]", "brightness", "holes", "length")
-    return images("CIFAR-10, 8,000 images: six of fifteen", keep, data)
+    return images("CIFAR-10, 8,500 images: six of fifteen", keep, data)
 
 
 PANELS = {

@@ -22,7 +22,7 @@ STEPS = 60  # of ridge: see `ridge`
 CONTRACTION = 0.5
 ROWS, FEATURES = 40, 5  # ROWS is a multiple of the 8 devices
 
-# Tests wait for the compiler, not for what it makes: half as long without its optimizations.
+# Half as long to compile, without optimizations.
 jit = functools.partial(
     jax.jit,
     compiler_options={
@@ -30,6 +30,10 @@ jit = functools.partial(
         "xla_llvm_disable_expensive_passes": True,
     },
 )
+
+# For tests that compare every bit of what two programs made: with the fusions that users get, which
+# conftest switches off. Without them one function was seen to round differently in each.
+fused_jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True})
 
 
 class Problem(NamedTuple):

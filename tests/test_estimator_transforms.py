@@ -15,7 +15,7 @@ import problems
 import pytest
 from estimator_zoo import KINDS, case
 from jax.sharding import NamedSharding, PartitionSpec
-from problems import error, jit
+from problems import error, fused_jit, jit
 from transform_table import DOCS, Table
 
 import hyperjax as hj
@@ -165,8 +165,8 @@ def _(name):
     h = settings(c, 2)
     splits = problems.repeat(p.split, 2)
     state = many.init(jax.random.key(0), problems.repeat(p.params, 2), h)
-    end, _ = jit(lambda s: hj.run(many, s, splits))(state)
-    single = jit(lambda s: hj.run(tuner, s, splits)[0].hparams)
+    end, _ = fused_jit(lambda s: hj.run(many, s, splits))(state)
+    single = fused_jit(lambda s: hj.run(tuner, s, splits)[0].hparams)
     return error(end.members.hparams, np.stack([single(tuner.init(p.params, x)) for x in h]))
 
 

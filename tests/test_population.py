@@ -9,7 +9,7 @@ import optax
 import problems
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from problems import error, jit
+from problems import error, fused_jit, jit
 
 import hyperjax as hj
 
@@ -46,7 +46,7 @@ def problem() -> problems.Problem:
 
 def run(tuner, state, steps: int):
     splits = problems.repeat(problem().split, steps)
-    return jit(lambda s, x: hj.run(tuner, s, x))(state, splits)
+    return fused_jit(lambda s, x: hj.run(tuner, s, x))(state, splits)
 
 
 @functools.cache

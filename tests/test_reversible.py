@@ -10,7 +10,8 @@ import optax
 import problems
 import pytest
 from jax.sharding import PartitionSpec
-from problems import error, jit
+from problems import error
+from problems import fused_jit as jit
 
 import hyperjax as hj
 from hyperjax import _integers as inside
