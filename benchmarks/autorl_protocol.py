@@ -31,9 +31,9 @@ COUNTS = (1, 2, 4, 8, 16)
 SEEDS, FRESH = 40, 20
 SPACE = hj.space(
     {
-        "rate": hj.loguniform(1e-3, 3e-2, init=3e-3),
+        "rate": hj.loguniform(1e-4, 1e-1, init=3e-3),
         "decay": hj.loguniform(1e-5, 1e-1, init=1e-4),
-        "noise": hj.uniform(0.0, 1.0, init=0.1),
+        "noise": hj.uniform(0.0, 2.0, init=0.1),
     }
 )
 TENTH = 6  # of the 64 configurations of the grid
@@ -136,7 +136,7 @@ def trainer(rng, steps: int):
     """(raw hparams, key) -> error on 797 digits, all with the same strong noise."""
     pixels, labels = tasks.digit_images()
     order = rng.permutation(len(pixels))
-    noisy = pixels[order] / 16 + 0.8 * rng.normal(size=pixels.shape)
+    noisy = pixels[order] / 16 + 0.5 * rng.normal(size=pixels.shape)
     x, y = jnp.asarray(noisy, jnp.float32), jnp.asarray(labels[order], jnp.int32)
 
     def train(raw, key):

@@ -16,7 +16,7 @@ of an earlier study, and two of them in closed form:
 
 "Exploit only" needs the hyperparameters of the copy to be kept: where they are copied along, both
 workers have the same h after the first exchange, and one coordinate is never descended again. The
-row "exploit, h too" shows it. The row "both, h kept and all explore" is the other reading of "both":
+row "exploit, h too" shows it. The row "both, h kept and all explore" is the other reading of both:
 it ends at 1.198, outside the tolerance.
 """
 

@@ -296,14 +296,6 @@ VALUES = {
         lambda: hj.population(tuner, hj.exchange.isolation(), chunk="all"),
         ("population", "`chunk`", ">= 1", "'all'"),
     ),
-    "mesh of two axes": (
-        lambda: hj.population(
-            tuner,
-            hj.exchange.isolation(),
-            mesh=jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2),
-        ),
-        ("population", "`mesh`", "one axis", "('a', 'b')"),
-    ),
 }
 for value in (0.0, -0.1, 0.6, 1.5, NAN):
     VALUES[f"fraction {value}"] = (

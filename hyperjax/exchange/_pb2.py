@@ -176,12 +176,12 @@ def _record(state: PB2State, points: jax.Array, score: jax.Array, now: jax.Array
     # Of more rows than the ring has places, the last stay.
     kept = known & (jnp.cumsum(known) > known.sum() - window)
     place = jnp.where(kept, place, window)
-    write = lambda ring, rows: ring.at[place].set(rows, mode="drop")
+    put = lambda ring, rows: ring.at[place].set(rows, mode="drop")
     return state._replace(
-        time=write(state.time, jnp.broadcast_to(now, change.shape)),
-        before=write(state.before, state.start),
-        point=write(state.point, points),
-        change=write(state.change, change),
+        time=put(state.time, jnp.broadcast_to(now, change.shape)),
+        before=put(state.before, state.start),
+        point=put(state.point, points),
+        change=put(state.change, change),
         rows=state.rows + known.sum(dtype=jnp.int32),
     )
 
