@@ -2,7 +2,7 @@
 
     python benchmarks/gtep.py --data-dir DIR
 
-Five minutes on one idle core. Five tasks of two classes each, one after the other, one head of ten:
+Ten minutes on one busy core. Five tasks of two classes each, one after the other, one head of ten:
 a perceptron 64-100-10, 80 steps per task, by plain training, EWC, LwF and replay. 24 random
 configurations each; three orders of the classes to tune on, three others to judge on. Tuned on
 digits (A), judged on B: ten Gaussian classes in 64 dimensions, or Fashion-MNIST at 8 x 8 pixels

@@ -13,7 +13,8 @@ of deviation 0.35; 600 images train, 600 define who is near-optimal, 597 are the
    the near-optimal set, in random directions, see at least 80 % of the optimised ambiguity in two
    components; the share falls with the dimension, and models that were merely trained see less.
 
-Nothing was tuned; the first seed is 1000.
+The second epsilon was chosen on seed 0, so that about half of the cases are ambiguous; reported are
+seeds 1000 to 1004.
 """
 
 import argparse
@@ -36,7 +37,7 @@ PROTOTYPE = {
     "discrepancy": [0.07, 0.08, 0.12],
 }
 COMPONENTS = (2, 4, 8)
-LIMIT, AWAY = 0.02, 0.1  # epsilon in log loss and delta, for logistic regression
+LIMIT, AWAY = 0.005, 0.1  # epsilon in log loss and delta, for logistic regression
 RIDGE = 1e-4
 
 
