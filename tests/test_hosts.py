@@ -141,10 +141,9 @@ def test_a_process_dies(hosts, whole, tmp_path):
     kill = lambda part, n: {"at": [part, n], "signal": "SIGKILL"}
     survivor, dead = hosts.two(*TUNE, run, faults=({}, kill("checkpoints/3", 1)))
     assert dead.code == -signal.SIGKILL
-    assert survivor.code in (3, ABORTED), survivor.err
-    if survivor.code == 3:
-        assert "hyperjax: process 0 of 2 lost another one" in survivor.err
-        assert "`hyperjax resume RUN`" in survivor.err and "Traceback" not in survivor.err
+    assert survivor.code == 3, survivor.err
+    assert "hyperjax: process 0 of 2 lost another one" in survivor.err
+    assert "`hyperjax resume RUN`" in survivor.err and "Traceback" not in survivor.err
     assert len(read_lines(run / "metrics.jsonl")) >= 2 * 2 * 4
     assert not (run / "best.json").exists()
 
@@ -156,7 +155,7 @@ def test_a_process_dies(hosts, whole, tmp_path):
 
     dead, survivor = hosts.two("resume", run, faults=(kill("results/random.json", 1), {}))
     assert dead.code == -signal.SIGKILL
-    assert survivor.code in (3, ABORTED), survivor.err
+    assert survivor.code in (3, ABORTED), survivor.err  # JAX may be the first to notice
     assert (run / "best.json").exists()
 
     result = hosts.one("resume", run, devices=4)
