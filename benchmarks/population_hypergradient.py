@@ -143,7 +143,7 @@ def ridge_errors(window: int, draws: int, key):
 def digits():
     pixels, labels = tasks.digit_images()
     order = np.random.default_rng(0).permutation(len(labels))
-    x, y = jnp.asarray(pixels[order] / 16, jnp.float32), jnp.asarray(labels[order])
+    x, y = np.asarray(pixels[order] / 16, np.float32), labels[order]
     return (x[:1000], y[:1000]), (x[1000:], y[1000:])
 
 
@@ -178,7 +178,7 @@ def stream(key, outer: int) -> hj.Split:
     (x, y), valid = digits()
     index = jax.random.randint(key, (outer, WINDOW, 64), 0, len(y))
     many = jax.tree.map(lambda v: jnp.broadcast_to(v, (outer, *v.shape)), valid)
-    return hj.Split((x[index], y[index]), many)
+    return hj.Split((jnp.asarray(x)[index], jnp.asarray(y)[index]), many)
 
 
 def horizons(seeds: int) -> dict:

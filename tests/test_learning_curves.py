@@ -45,6 +45,19 @@ def fitted(dtype=np.float64):
     return fit(jnp.asarray(curves, dtype), jnp.asarray(traits, dtype))
 
 
+def test_curves_alone_are_enough():
+    curves, _ = data()
+    none = jnp.zeros((COUNT, 0))
+    models = jit(search.fit_curves)(jnp.asarray(curves), none)
+    found = search.predict_curve(models, jnp.asarray(curves), none, 4)
+    constant = jnp.ones((COUNT, 1))  # a trait that tells nothing
+    same = jit(search.fit_curves)(jnp.asarray(curves), constant)
+    expected = search.predict_curve(same, jnp.asarray(curves), constant, 4)
+    # 1e-9: solves of a well-conditioned ridge, in float64
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-9)
+    np.testing.assert_allclose(found.deviation, expected.deviation, rtol=1e-9)
+
+
 @pytest.mark.parametrize("known", [1, 2, 4])
 def test_leave_one_out_is_that_of_explicit_refits(known):
     curves, traits = data()

@@ -132,13 +132,12 @@ def test_a_copy_goes_to_the_top_of_the_hill_and_the_second_keeps_off(rng):
 
 
 def test_copies_of_one_round_spread(rng):
-    # Without slope the choice is the place of the greatest variance; the second copy must not
-    # take that of the first.
-    group, state = observed(rng, lambda points: 0.01 * hill(points[:, ::-1]))
-    state = state._replace(change=jnp.where(jnp.arange(WINDOW) < 6, state.change, jnp.nan))
+    # Where nothing changed, the choice is the place of the greatest variance; the second copy must
+    # not take that of the first.
+    group, state = observed(rng, lambda points: jnp.zeros(len(points)))
     for key in range(3):
-        points, _, events = after_one_call(group, state, key=key)
-        a, b = points[events.parents != np.arange(8)]
+        after, _, events = APPLY(jax.random.key(key), state, group, state.start)
+        a, b = unit(after)[np.asarray(events.parents) != np.arange(8)]
         assert np.linalg.norm(a - b) > 0.05
 
 

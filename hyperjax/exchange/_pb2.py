@@ -212,7 +212,7 @@ def _choose(key, state, points, moved, begins, ends, spread):
     factor = jnp.sqrt(jnp.maximum(C1 * jnp.log(C2 * jnp.maximum(seen.sum(), 1)), 0.0))
     blank = jnp.zeros(state.change.shape[0] + moved.shape[0], points.dtype)
 
-    def choose(i, points, taken):
+    def choose(own, begin, key, points, taken):
         every = jax.tree.map(
             lambda a, b: jnp.concatenate([a, b]), rows, place(ends, begins, points)
         )
@@ -221,7 +221,7 @@ def _choose(key, state, points, moved, begins, ends, spread):
 
         def acquire(candidates):
             count = candidates.shape[0]
-            new = place(ends, jnp.broadcast_to(begins[i], (count,)), candidates)
+            new = place(ends, jnp.broadcast_to(begin, (count,)), candidates)
             prior = jnp.broadcast_to(jnp.exp(kernel[0]), (count,))
             mean, _ = gp.predict(fitted, _covariance(kernel, new, rows), prior, seen)
             _, variance = gp.predict(placed, _covariance(kernel, new, every), prior, mask)
@@ -230,7 +230,7 @@ def _choose(key, state, points, moved, begins, ends, spread):
             return mean + factor * doubt
 
         shape = CANDIDATES, points.shape[1]
-        draws = jax.random.uniform(jax.random.fold_in(key, i), shape, points.dtype)
+        draws = jax.random.uniform(key, shape, points.dtype)
         _, top = lax.top_k(acquire(draws), REFINED)
         best, _ = gp.maximize(
             lambda u: acquire(u[None])[0],
@@ -240,13 +240,19 @@ def _choose(key, state, points, moved, begins, ends, spread):
             steps=REFINE_STEPS,
             rate=REFINE_RATE,
         )
-        return points.at[i].set(best), taken.at[i].set(True)
+        return jnp.where(own[:, None], best, points), taken | own
 
-    def slot(carry, i):
-        return lax.cond(moved[i], choose, lambda i, *kept: kept, i, *carry), None
+    def slot(carry, row):
+        go, *row = row
+        return lax.cond(go, choose, lambda own, begin, key, *kept: kept, *row, *carry), None
 
-    carry = _tree.vary_like((points, jnp.zeros_like(moved)), (points, targets, begins))
-    (points, _), _ = lax.scan(slot, carry, jnp.arange(moved.shape[0]))
+    size = moved.shape[0]
+    slots = moved, jnp.eye(size, dtype=bool), begins, jax.random.split(key, size)
+    # The mask, too, must vary inside shard_map: vmap of a `cond` would make it vary unannounced.
+    carry, slots = _tree.vary_like(
+        ((points, jnp.zeros_like(moved)), slots), (points, targets, begins)
+    )
+    (points, _), _ = lax.scan(slot, carry, slots)
     return points, kernel
 
 
@@ -257,8 +263,9 @@ def _fit_kernel(rows: Rows, targets: jax.Array, seen: jax.Array, last: jax.Array
         gram = _covariance(kernel, rows, rows)
         return gp.fit(gram, jnp.exp(kernel[3]), targets, seen).likelihood
 
-    starts = jnp.stack([jnp.asarray(START, last.dtype), last])
-    low, high = jnp.asarray(LOW, last.dtype), jnp.asarray(HIGH, last.dtype)
+    # of scalars: arrays of constants cannot be made to vary in a branch under vmap and shard_map
+    vector = lambda values: jnp.stack([jnp.asarray(v, last.dtype) for v in values])
+    starts, low, high = jnp.stack([vector(START), last]), vector(LOW), vector(HIGH)
     best, _ = gp.maximize(likelihood, starts, low=low, high=high, steps=FIT_STEPS, rate=FIT_RATE)
     return best
 

@@ -1,6 +1,7 @@
 """Learning curves continued by regression (Baker et al. 2017, arXiv 1705.10823): how good will a
 training become that has run for a while, and is it worth going on?"""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -131,8 +132,9 @@ def predict_curve(
         raise ValueError(f"predict_curve: `known` must be from 1 to {length}; got {known}.")
     batch = curve.shape[:-1]
     seen = (jnp.arange(length) < known)[None]
-    part = jnp.where(seen, curve.reshape(-1, length), 0)
-    rest = traits.reshape(-1, width).astype(part.dtype)
+    rows = math.prod(batch)  # not -1: there may be no traits
+    part = jnp.where(seen, curve.reshape(rows, length), 0)
+    rest = traits.reshape(rows, width).astype(part.dtype)
     sound = jnp.isfinite(part).all(1) & jnp.isfinite(rest).all(1)
     scaled = (_features(part, rest) - models.centre[None]) / models.scale[None]
     scaled = jnp.where(_usable(known, length, width)[None], scaled, 0)
