@@ -2,7 +2,7 @@
 
     python benchmarks/autorl_protocol.py
 
-Eight minutes on one busy core; no data but the digits in the package. 64 random configurations (rate,
+Five minutes on one core; no data but the digits in the package. 64 random configurations (rate,
 decay, input noise) of a perceptron 64-48-10 on 300 noisy digits, each trained with 40 seeds. The
 winner on k tuning seeds is judged on 20 others: selection bias is the difference, in accuracy.
 Eight repetitions, each with its own digits, configurations and seeds; tests are over these (Eimer,

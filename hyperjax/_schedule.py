@@ -1,13 +1,13 @@
 """Recorded hyperparameters as a schedule."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from . import _checks
-from ._types import HParams, Scalar
+from ._types import HParams, PyTree, Scalar
 
 
 def schedule(
@@ -15,7 +15,7 @@ def schedule(
     every: int | Scalar = 1,
     *,
     interpolation: Literal["constant", "linear"] = "constant",
-) -> optax.Schedule:
+) -> Callable[[int | Scalar], PyTree]:
     """A function of the step count from recorded values [K, ...], for any optax optimizer.
 
         found = space.constrain(metrics.hparams)["lr"]              # [outer steps]

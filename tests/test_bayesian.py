@@ -1,6 +1,7 @@
 """Bayesian search: its proposals, its batches, its buffers."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import hyperjax as hj
 from hyperjax import _gaussian_process as gp
 from hyperjax.search import _bayesian
 
-SMALL = {"samples": 4, "warmup": 4, "candidates": 64, "fantasies": 3}
+SMALL: dict[str, Any] = {"samples": 4, "warmup": 4, "candidates": 64, "fantasies": 3}
 CENTRE = jnp.asarray([0.3, 0.8])
 
 

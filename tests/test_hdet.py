@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -189,7 +189,7 @@ def test_the_linear_update_is_that_of_the_paper():
 
 
 def test_the_linear_update_is_stopped_before_it_is_negative_and_says_so():
-    options = {"width": 0.5, "gain": 30.0, "sigma": 1.0}
+    options: dict[str, Any] = {"width": 0.5, "gain": 30.0, "sigma": 1.0}
     linear = play(hj.exchange.hdet(SPACE, update="linear", **options), smaller, 5)
     assert linear.events.bounded["lr"].any()
     log = play(hj.exchange.hdet(SPACE, **options), smaller, 3)
@@ -309,7 +309,8 @@ def test_convergence_waits_and_scores_are_means_over_the_wait():
 
 
 def test_all_reduce_is_a_mean_of_what_is_finite():
-    reduce = lambda g: hj.exchange.all_reduce("m").update({"w": g}, ())[0]["w"]
+    update: Any = hj.exchange.all_reduce("m").update
+    reduce = lambda g: update({"w": g}, ())[0]["w"]
     over = jit(jax.vmap(reduce, axis_name="m"))
     plain = jit(jax.vmap(lambda g: lax.pmean(g, "m"), axis_name="m"))
     grads = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3)))
@@ -560,6 +561,6 @@ def test_scatter_has_the_norm_it_promises():
 )
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
-        hj.exchange.hdet(SPACE, **options)
+        hj.exchange.hdet(SPACE, **options)  # pyright: ignore
     with pytest.raises(TypeError, match="`space` must be a Space; got dict"):
-        hj.exchange.hdet({"lr": 0.1}, **options)
+        hj.exchange.hdet({"lr": 0.1}, **options)  # pyright: ignore

@@ -100,4 +100,4 @@ def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message):
         hj.schedule(*arguments)
     with pytest.raises(ValueError, match="`interpolation` must be one of"):
-        hj.schedule(jnp.ones(3), interpolation="cubic")
+        hj.schedule(jnp.ones(3), interpolation="cubic")  # pyright: ignore[reportArgumentType]

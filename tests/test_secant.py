@@ -38,7 +38,7 @@ def vector(t) -> np.ndarray:
     return np.concatenate([np.ravel(t["a"]), np.ravel(t["b"])])
 
 
-def at(bias=0.0, noise=0.0, seed=1, size=1.0):
+def at(bias: float | np.ndarray = 0.0, noise=0.0, seed=1, size=1.0):
     """Replicas around `centre`: (scores, hparams, grads, true gradient)."""
     score, gradient, offsets = quadratic()
     rng = np.random.default_rng(seed)
@@ -231,7 +231,7 @@ def test_in_a_tuner_types_stay_and_seeds_vmap(every):
         one, expected = go(starts[i])
         assert error(jax.tree.map(lambda x, i=i: x[i], many.hparams), one.hparams) < 1e-10
         assert error(metrics.value[i], expected.value) < 1e-12
-    after, first = one.carry, tuner.init(p.params, p.hparams).carry
+    after, first = go(starts[1])[0].carry, tuner.init(p.params, p.hparams).carry
     assert list(map(jax.typeof, jax.tree.leaves(after))) == list(
         map(jax.typeof, jax.tree.leaves(first))
     )
@@ -252,7 +252,7 @@ def test_replicas_that_diverge_go_on_from_others():
     )
     around = hj.secant(inside, jax.random.key(0), size=8, width=0.1)
     h = jnp.zeros(2)
-    got, carry = around.estimate(h, around.init(jnp.zeros(()), h), None)
+    got, carry = around.estimate(h, around.init(jnp.zeros(()), h), hj.Split((), ()))
     assert got.info.diverged.sum() == 2  # offsets of 0.1 (1, 5/7, 3/7, ...) above 0.05
     assert np.isfinite(got.grad).all() and np.isfinite(got.value)
     np.testing.assert_array_equal(carry.members, np.ones(8))

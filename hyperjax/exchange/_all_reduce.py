@@ -18,12 +18,12 @@ def all_reduce(axis_name: Hashable | tuple[Hashable, ...]) -> optax.GradientTran
     members whose gradient is, and NaN if there is none.
     """
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
-        mean = lax.pmean(grads, axis_name)
+        mean = lax.pmean(updates, axis_name)
         # Seen in the mean, which is smaller than the gradients: sound steps pay next to nothing.
-        grads = lax.cond(_tree.all_finite(mean), lambda: mean, lambda: _of_finite(grads, axis_name))
-        return grads, state
+        rest = lambda: _of_finite(updates, axis_name)
+        return lax.cond(_tree.all_finite(mean), lambda: mean, rest), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
