@@ -3,7 +3,7 @@ models, Baker et al. 2017, arXiv 1705.10823), and trainings stopped by it.
 
     python benchmarks/srm.py
 
-About five minutes on one core. Five populations, each of 256 perceptrons 64-w-10 with six
+One minute of one core. Five populations, each of 256 perceptrons 64-w-10 with six
 hyperparameters (rate, momentum, decay, dropout, scale of the first weights, width w by a mask),
 trained at once for 40 evaluations of the validation error, 20 steps of SGD apart. 100 of them fit
 the models, 156 are forecast after 10 evaluations, and searched through in 10 random orders: a
