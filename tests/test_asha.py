@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 import tiny_members as tiny
-from problems import jit
+from jax.sharding import PartitionSpec
+from problems import jit, mesh
 
 import hyperjax as hj
 from hyperjax import search
@@ -127,6 +128,15 @@ def test_types_agree_and_float32_stays():
     assert kind(after) == kind(state)
     assert not any(x.weak_type for x in jax.tree.leaves((state, after)))
     assert after.members.x.dtype == np.float32
+
+
+def test_candidates_of_its_own_on_every_device():
+    method, along = asha(), PartitionSpec("device")
+    x, hparams = tiny.starts(8 * SIZE)
+    run = lambda x, h: hj.run(method, method.init(x, h), tiny.splits(3))[1].value[None]
+    each = jax.shard_map(run, mesh=mesh("device"), in_specs=along, out_specs=along)
+    # Types decide whether a carry fits; the program is the one above.
+    assert jax.eval_shape(each, x, hparams).shape == (8, 3)
 
 
 def test_bad_input_is_refused():

@@ -7,6 +7,7 @@ import pytest
 from problems import jit
 
 from hyperjax import merge
+from hyperjax.merge._breadcrumbs import count_of
 
 
 def problem(tasks=3, seed=0, dtype=jnp.float64):
@@ -49,6 +50,14 @@ def test_breadcrumbs_by_hand(keep, drop):
     for name in ("b", "scale"):  # biases and scalars stay whole
         close(got.params[name], base[name] + 0.3 * np.asarray(vectors[name]).sum(axis=0))
     assert not got.excluded.any()
+
+
+def test_shares_are_counted_exactly():
+    # As many entries as a model has: a part in a million would be too many.
+    for share, n in ((0.2, 10_000_000), (0.35, 100_000_000), (0.29, 100), (1, 7), (0, 7)):
+        assert int(count_of(share, n)) == round(share * n)
+        assert int(count_of(share, n - 1)) == (round(share * n) - (share > 0))
+    assert int(jit(lambda s: count_of(s, 100))(jnp.float32(0.29))) == 29
 
 
 def test_everything_kept_is_task_arithmetic():

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_members as tiny
-from problems import jit
+from jax.sharding import PartitionSpec
+from problems import jit, mesh
 
 from hyperjax import search
 
@@ -125,6 +126,26 @@ def test_states_keep_their_types_and_searches_vmap():
     many = jit(jax.vmap(lambda k: SEARCH.ask(0, SEARCH.init(k))[0].points))(keys)
     for row, key in zip(many, keys, strict=True):
         np.testing.assert_array_equal(row, SEARCH.ask(0, SEARCH.init(key))[0].points)
+
+
+@pytest.mark.parametrize("method", [SEARCH, search.dehb(2, 9)], ids=["hyperband", "dehb"])
+def test_iterations_scan_inside_shard_map(method):
+    def again(state, _):
+        for turn, now in enumerate(method.rounds):
+            asked, state = method.ask(turn, state)
+            state = method.tell(turn, state, asked.points, objective(asked.points, now.budget))
+        return state, method.best(state).score
+
+    along = PartitionSpec("seed")
+    each = jax.shard_map(
+        lambda keys: jax.lax.scan(again, method.init(keys[0]), length=2)[1][None],
+        mesh=mesh("seed"),
+        in_specs=along,
+        out_specs=along,
+    )
+    # Types decide whether a carry fits; the program is the one above.
+    keys = jax.random.split(jax.random.key(0), 8)
+    assert jax.eval_shape(each, keys).shape == (8, 2)
 
 
 def test_bad_input_is_refused():

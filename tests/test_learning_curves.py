@@ -50,7 +50,8 @@ def test_curves_alone_are_enough():
     none = jnp.zeros((COUNT, 0))
     models = jit(search.fit_curves)(jnp.asarray(curves), none)
     found = search.predict_curve(models, jnp.asarray(curves), none, 4)
-    constant = jnp.ones((COUNT, 1))  # a trait that tells nothing
+    # Traits that tell nothing, and whose mean may be a rounding away from them.
+    constant = jnp.tile(jnp.asarray([[1.0, 0.1, 0.3, 0.7]]), (COUNT, 1))
     same = jit(search.fit_curves)(jnp.asarray(curves), constant)
     expected = search.predict_curve(same, jnp.asarray(curves), constant, 4)
     # 1e-9: solves of a well-conditioned ridge, in float64
@@ -139,6 +140,9 @@ def test_float32_and_vmap():
     models = fitted(np.float32)
     assert {x.dtype for x in jax.tree.leaves(models)} == {np.dtype(np.float32)}
     np.testing.assert_allclose(models.deviation, fitted().deviation, rtol=1e-3)
+    # Half precision is taken as float32: LAPACK has nothing smaller.
+    half = search.fit_curves(jnp.ones((3, 2), jnp.bfloat16), jnp.ones((3, 0), jnp.bfloat16))
+    assert {x.dtype for x in jax.tree.leaves(half)} == {np.dtype(np.float32)}
     curves, traits = (jnp.asarray(x) for x in data(1, 5))
     whole = search.predict_curve(fitted(), curves, traits, 3)
     one = jax.vmap(lambda c, h: search.predict_curve(fitted(), c, h, 3))(curves, traits)
@@ -154,5 +158,8 @@ def test_bad_input_is_refused():
         search.fit_curves(curves, traits, penalties=(0,))
     with pytest.raises(ValueError, match=r"`curve` must be \[..., 6\] and `traits` \[..., 2\]"):
         search.predict_curve(fitted(), curves[:, :3], traits, 3)
-    with pytest.raises(ValueError, match="`known` must be from 1 to 6; got 7"):
-        search.predict_curve(fitted(), curves, traits, 7)
+    for wrong in (7, 0, np.int64(7), jnp.int32(0), 2.5):
+        with pytest.raises(
+            ValueError, match=f"`known` must be an integer from 1 to 6; got {wrong}"
+        ):
+            search.predict_curve(fitted(), curves, traits, wrong)

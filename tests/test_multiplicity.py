@@ -116,6 +116,9 @@ def test_types_and_refusals(rng):
         protocol.multiplicity(jnp.ones(3), p[0], epsilon=1, delta=0.1)
     with pytest.raises(ValueError, match="one entry per member; got 4 and 3"):
         protocol.multiplicity(jnp.ones(4), p, epsilon=1, delta=0.1)
+    for wrong in (3, -1, 0.5, jnp.int32(3)):
+        with pytest.raises(ValueError, match=f"row of a member, from 0 to 2; got {wrong}"):
+            protocol.multiplicity(jnp.ones(3), p, epsilon=1, delta=0.1, reference=wrong)
     with pytest.raises(ValueError, match="`delta` must be a finite number, positive"):
         protocol.multiplicity(jnp.ones(3), p, epsilon=1, delta=0)
     with pytest.raises(ValueError, match="`epsilon` must be a finite number, >= 0"):

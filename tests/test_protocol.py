@@ -93,6 +93,9 @@ def test_what_is_declared_is_checked():
         protocol.declare(SPACE, budget=4, tuning=range(5), test=[])
     with pytest.raises(ValueError, match=r"declare: `tuning` must hold seeds, each once"):
         protocol.declare(SPACE, budget=4, tuning=[1, 1], test=[2])
+    for wrong in ([-1, 1], [1, 2**32]):  # the keys of 2**32 - 1 and, without x64, of 0
+        with pytest.raises(ValueError, match=r"`tuning` must hold seeds from 0 to 2\*\*32 - 1"):
+            protocol.declare(SPACE, budget=4, tuning=wrong, test=[0])
     with pytest.raises(ValueError, match=r"declare: `budget` must be an integer >= 1"):
         protocol.declare(SPACE, budget=0, tuning=[1], test=[2])
     declared = protocol.declare(SPACE, budget=10, tuning=[1], test=[2])
@@ -101,7 +104,8 @@ def test_what_is_declared_is_checked():
     with pytest.raises(TypeError, match=r"study: `train` must return a scalar; got float64\[2\]"):
         protocol.study(declared, lambda raw, key: jnp.ones(2), halton(5), jax.random.key(0))
     with pytest.raises(ValueError, match=r"study: `default` must have the structure"):
-        protocol.study(declared, noisy, halton(5), jax.random.key(0), default={"y": jnp.zeros(())})
+        never = lambda raw, key: pytest.fail("trained before the default was looked at")
+        protocol.study(declared, never, halton(5), jax.random.key(0), default={"y": jnp.zeros(())})
 
 
 # -------------------------------------------------------------------------------- folds

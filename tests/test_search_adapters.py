@@ -122,6 +122,22 @@ def test_optuna_takes_points_in_another_order_and_others_than_its_own():
     assert trials[3].params == {"a": 0.25, "b": 0.75}
 
 
+def test_what_the_caller_enqueued_does_not_take_the_score_of_another_point():
+    def make(seed):
+        made = study(seed)
+        for x in (0.1, 0.2):
+            made.enqueue_trial({"a": x})
+        return made
+
+    search = hj.search.from_optuna(make, ["a"], batch=1)
+    points, state = search.ask(search.init(jax.random.key(0)))
+    state = search.tell(state, np.asarray([[0.9]]), np.asarray([5.0]))
+    assert points[0, 0] == 0.1
+    (told,) = (t for t in state.study.trials if t.state.name == "COMPLETE")
+    assert (told.params, told.value) == ({"a": 0.9}, 5.0)
+    assert search.ask(state)[0][0, 0] == 0.2  # still to come
+
+
 def test_a_study_that_maximizes_is_refused():
     make = lambda seed: study(seed, direction="maximize")
     search = hj.search.from_optuna(make, ["a"], batch=2)

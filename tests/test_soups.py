@@ -261,7 +261,7 @@ def test_in_a_scan_and_in_half_precision():
     members = population(64, dtype=jnp.bfloat16)
 
     def step(carry, _):
-        soup = merge.greedy(carry, lambda p: smooth(p).astype(jnp.float32))
+        soup = merge.greedy(carry, smooth)  # a score in half precision
         return jax.tree.map(lambda x, m: (x + m[None]) / 2, carry, soup.params), soup
 
     after, soups = jax.lax.scan(step, members, length=2)
@@ -272,6 +272,7 @@ def test_in_a_scan_and_in_half_precision():
     got = jax.tree.map(lambda x: x.astype(jnp.float64), merge.uniform(members).params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2**-8, 1e-6), got, exact)
     assert merge.uniform(population(dtype=jnp.float32)).weights.dtype == jnp.float32
+    assert soups.weights.dtype == jnp.float32
 
 
 def test_inside_shard_map():

@@ -1,6 +1,7 @@
 """Model Breadcrumbs (Davari and Belilovsky 2023, arXiv 2312.06795), and the task arithmetic that
 it refines (Ilharco et al. 2023, arXiv 2212.04089)."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -82,8 +83,17 @@ def _crumbs(x: jax.Array, keep, drop) -> jax.Array:
 
 
 def count_of(share, n: int) -> jax.Array:
-    """int(share n); a share of 0.29 of 100 is 29, though 0.29 * 100 is a little less in binary."""
-    return jnp.floor(jnp.asarray(share) * n * (1 + 1e-6)).astype(jnp.int32)
+    """int(share n); a share of 0.29 of 100 is 29, though 0.29 * 100 is a little less in binary.
+
+    Exact for a share that is known; one that is traced has the digits of its type.
+    """
+    known = _checks.entries(share)
+    kind = jnp.result_type(share) if known is None else known.dtype
+    kind = kind if jnp.issubdtype(kind, jnp.floating) else jnp.result_type(float)
+    above = 1 + 2 * float(jnp.finfo(kind).eps)
+    if known is not None:
+        return jnp.asarray(math.floor(float(known) * n * above), jnp.int32)
+    return jnp.floor(jnp.asarray(share, float) * n * above).astype(jnp.int32)
 
 
 def sound(where: str, base: Params, vectors: Params) -> tuple[Params, jax.Array]:

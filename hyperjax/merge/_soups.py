@@ -100,9 +100,9 @@ def greedy(
     order = jnp.argsort(jnp.where(used, alone, jnp.inf), stable=True).astype(jnp.int32)
     mean, count, best, added, tried = _climb(members, scored, alone, order, used, ties)
     weights = (
-        jnp.zeros(alone.shape, alone.dtype)
+        jnp.zeros(alone.shape, common_type(members))
         .at[order]
-        .set(added / jnp.maximum(count, 1).astype(alone.dtype))
+        .set(added / jnp.maximum(count, 1).astype(common_type(members)))
     )
     tried = jnp.where(used[order], tried, jnp.nan)
     params = broken(mean, count > 0)

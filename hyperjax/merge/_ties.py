@@ -22,7 +22,8 @@ def ties(
       vectors: leaves [T, ...], see `task_vectors`.
       scale: factor of the merged vector.
       keep: share of the entries of each vector, over all its tensors, that is kept: the largest
-        by magnitude. Exactly int(keep n) of n stay; the authors' code keeps one more.
+        by magnitude. Exactly int(keep n) of n stay (a share that is traced is as exact as its
+        type); the authors' code keeps one more.
 
     The sign of an entry is that of the sum over tasks of what was kept; its value is the mean of
     the kept entries of that sign. Where the sum is zero exactly, so is the entry. Scale and keep

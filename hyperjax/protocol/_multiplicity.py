@@ -41,15 +41,15 @@ def multiplicity(
       predictions: [P, N], probabilities of the positive class, or [P, N, C] of classes; there the
         distance is the largest over classes.
       epsilon: >= 0, in units of the loss. delta: > 0, in units of probability.
-      reference: the member to compare with, that of the smallest loss by default (the first of
-        equals).
+      reference: the row of the member to compare with, from 0, that of the smallest loss by default
+        (the first of equals).
       threshold: for labels from [P, N].
 
     A member whose loss or predictions are not finite is never in the set; if none is left, or the
     reference is not, every number is NaN. All arguments may be traced. Raises ValueError for other
-    shapes.
+    shapes, and for a reference that is no member.
     """
-    _check(losses, predictions, epsilon, delta)
+    _check(losses, predictions, epsilon, delta, reference)
     shape = (losses.shape[0], -1)
     sound = jnp.isfinite(losses) & jnp.isfinite(predictions).reshape(shape).all(axis=1)
     ranked = jnp.where(sound, losses, jnp.inf)
@@ -77,7 +77,7 @@ def _shares(apart: jax.Array, members: jax.Array, known: jax.Array, dtype) -> tu
     return jnp.where(known, anybody, jnp.nan), jnp.where(known, somebody, jnp.nan)
 
 
-def _check(losses, predictions, epsilon, delta) -> None:
+def _check(losses, predictions, epsilon, delta, reference) -> None:
     where = "multiplicity"
     if jnp.ndim(losses) != 1 or jnp.ndim(predictions) not in (2, 3) or 0 in predictions.shape:
         raise ValueError(
@@ -91,3 +91,9 @@ def _check(losses, predictions, epsilon, delta) -> None:
         )
     _checks.number(where, "epsilon", epsilon)
     _checks.number(where, "delta", delta, positive=True)
+    known = None if reference is None else _checks.entries(reference)
+    last = losses.shape[0] - 1
+    if known is not None and (known.dtype.kind not in "iu" or not 0 <= known <= last):
+        raise ValueError(
+            f"{where}: `reference` must be the row of a member, from 0 to {last}; got {reference}."
+        )

@@ -54,8 +54,8 @@ class Study(NamedTuple):
 def declare(space: Space, *, budget: int, tuning: Iterable[int], test: Iterable[int]) -> Declared:
     """The terms of a study: search space, number of configurations, and two sets of seeds.
 
-    Raises ValueError for seeds that are in both sets or twice in one, for an empty set, and for a
-    budget below 1.
+    Raises ValueError for seeds that are in both sets or twice in one or outside [0, 2**32), where
+    others have the same key; for an empty set, and for a budget below 1.
     """
     _checks.positive_int("declare", "budget", budget)
     tuning, test = _seeds("tuning", tuning), _seeds("test", test)
@@ -97,7 +97,10 @@ def study(
     if chunk is not None:
         _checks.positive_int("study", "chunk", chunk)
     evaluate = _evaluator(train, chunk)
-    space, state = declared.space, search.init(key)
+    space = declared.space
+    default = space.init() if default is None else default
+    _checks.same_tree("study", "default", default, "the space's raw values", space.init())
+    state = search.init(key)
     asked, told = [], []
     while sum(len(x) for x in told) < declared.budget:
         points, state = search.ask(state)
@@ -115,7 +118,7 @@ def study(
     hparams = jax.tree.map(lambda *x: jnp.concatenate(x), *asked)
     each = np.concatenate(told)
     trials = Trials(hparams, each, each.mean(axis=1))
-    return _report(declared, evaluate, trials, space.init() if default is None else default)
+    return _report(declared, evaluate, trials, default)
 
 
 def _report(declared: Declared, evaluate, trials: Trials, default: HParams) -> Study:
@@ -127,7 +130,6 @@ def _report(declared: Declared, evaluate, trials: Trials, default: HParams) -> S
         )
     best = int(np.argmin(np.where(sound, trials.mean, np.inf)))
     incumbent = jax.tree.map(lambda x: x[best], trials.hparams)
-    _checks.same_tree("study", "default", default, "the space's raw values", incumbent)
     pair = jax.tree.map(lambda *x: jnp.stack(x), incumbent, default)
     tuned, plain = evaluate(pair, declared.test)
     runs = trials.each.size + tuned.size + plain.size
@@ -164,6 +166,11 @@ def _evaluator(train: Train, chunk: int | None):
 
 def _seeds(name: str, values: Iterable[int]) -> tuple[int, ...]:
     seeds = tuple(operator.index(value) for value in values)
+    if seeds and not 0 <= min(seeds) <= max(seeds) < 2**32:
+        raise ValueError(
+            f"declare: `{name}` must hold seeds from 0 to 2**32 - 1, as two seeds may have one key "
+            f"beyond; got {min(seeds)} to {max(seeds)}."
+        )
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"declare: `{name}` must hold seeds, each once; got {list(seeds)}.")
     return seeds

@@ -71,7 +71,8 @@ def asha(
         members = jax.vmap(tuner.init)(params, hparams)
         first = jnp.arange(slots, dtype=jnp.int32)
         blank = jnp.full((count, len(marks)), jnp.nan, float)
-        return AshaState(members, none, none, none.at[first].set(1), blank, first)
+        state = AshaState(members, none, none, none.at[first].set(1), blank, first)
+        return _tree.vary_like(state, (params, hparams))
 
     def step(state: AshaState, split: Split) -> tuple[AshaState, AshaMetrics]:
         rows, count = state.slots, len(state.steps)

@@ -78,7 +78,7 @@ def dehb(
             Subpopulation(whole[end - n : end], jnp.full(n, jnp.inf, float), jnp.int32(0))
             for n, end in zip(sizes, ends, strict=True)
         ]
-        return DehbState(own, first.init(key), tuple(pools), jnp.int32(0))
+        return _tree.vary_like(DehbState(own, first.init(key), tuple(pools), jnp.int32(0)), key)
 
     def ask(turn: int, state: DehbState) -> tuple[Asked, DehbState]:
         now = take_turn("dehb", plan, turn)

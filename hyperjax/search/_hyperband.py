@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .. import _checks
+from .. import _checks, _tree
 from .._types import Key, State
 from ._halving import brackets, survivors
 
@@ -81,7 +81,8 @@ def hyperband(dimension: int, budget: int, *, eta: int = 3, least: int = 1) -> F
 
     def init(key: Key) -> HyperbandState:
         points = jnp.zeros((most, dimension), float)
-        return HyperbandState(key, points, jnp.full(most, jnp.inf, float), nobody(dimension))
+        state = HyperbandState(key, points, jnp.full(most, jnp.inf, float), nobody(dimension))
+        return _tree.vary_like(state, key)
 
     def ask(turn: int, state: HyperbandState) -> tuple[Asked, HyperbandState]:
         now = take_turn("hyperband", plan, turn)

@@ -50,7 +50,8 @@ def fit_curves(
       curves: [n, T], of completed trainings; a smaller score is better.
       traits: [n, H]; H may be 0.
 
-    Raises ValueError unless both are matrices with n >= 3 rows, and penalties are positive.
+    Curves in half precision are taken as float32. Raises ValueError unless both are matrices with
+    n >= 3 rows, and penalties are positive.
     """
     curves, traits = _check_curves(curves, traits)
     for value in penalties:
@@ -61,7 +62,9 @@ def fit_curves(
     total = jnp.maximum(weight.sum(), 1)
     mean = lambda x: jnp.where(known[:, None], x, 0).sum(0) / total
     features = _features(curves, traits)
-    centre = mean(features)
+    # Away from a row of their own, so that features without any spread have exactly none.
+    row = jnp.where(known.any(), features[jnp.argmax(known)], 0)
+    centre = row + mean(features - row[None])
     centred = jnp.where(known[:, None], features - centre[None], 0)
     scale = jnp.sqrt((centred**2).sum(0) / total)
     scale = jnp.where(scale > 0, scale, 1)
@@ -128,8 +131,11 @@ def predict_curve(
             f"predict_curve: `curve` must be [..., {length}] and `traits` [..., {width}], as in "
             f"the fit; got {_checks.describe(curve)} and {_checks.describe(traits)}."
         )
-    if isinstance(known, int) and not 1 <= known <= length:
-        raise ValueError(f"predict_curve: `known` must be from 1 to {length}; got {known}.")
+    given = _checks.entries(known)
+    if given is not None and (given.dtype.kind not in "iu" or not 1 <= given <= length):
+        raise ValueError(
+            f"predict_curve: `known` must be an integer from 1 to {length}; got {known}."
+        )
     batch = curve.shape[:-1]
     seen = (jnp.arange(length) < known)[None]
     rows = math.prod(batch)  # not -1: there may be no traits
@@ -183,4 +189,5 @@ def _check_curves(curves, traits):
             f"of 3 trainings or more; got {_checks.describe(curves)} and "
             f"{_checks.describe(traits)}."
         )
-    return curves, traits.astype(curves.dtype)
+    dtype = jnp.promote_types(curves.dtype, jnp.float32)
+    return curves.astype(dtype), traits.astype(dtype)

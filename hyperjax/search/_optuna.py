@@ -35,7 +35,8 @@ def from_optuna(make: Callable[[int], Any], names: Sequence[str], batch: int) ->
     that was not asked for becomes a trial of its own, and the one it replaces failed. For the host:
     the state holds the study, which changes in place.
 
-    Raises ValueError for a study that maximizes or has several objectives.
+    Raises ValueError for a study that maximizes or has several objectives, and for a point outside
+    the unit cube.
     """
     _checks.is_callable("from_optuna", "make", make)
     _checks.positive_int("from_optuna", "batch", batch)
@@ -63,18 +64,32 @@ def from_optuna(make: Callable[[int], Any], names: Sequence[str], batch: int) ->
         for point, score in zip(np.asarray(points), np.asarray(scores), strict=True):
             match = next((t for t in left if _same(t, names, point)), None)
             if match is None:
-                study.enqueue_trial(dict(zip(names, map(float, point), strict=True)))
-                match = study.ask()
-                suggest(match)
+                match = _ask_for(study, names, point, suggest)
             else:
                 left.remove(match)
             study.tell(match, float(score) if math.isfinite(score) else math.inf)
         for trial in left:
-            failed = type(study.trials[trial.number].state).FAIL
-            study.tell(trial, state=failed)
+            _fail(study, trial)
         return OptunaState(study, ())
 
     return Search(init, ask, tell)
+
+
+def _ask_for(study: Any, names: tuple[str, ...], point: np.ndarray, suggest: Callable) -> Any:
+    """A new trial at `point`. Those that the caller has enqueued wait on, behind it."""
+    study.enqueue_trial(dict(zip(names, map(float, point), strict=True)))
+    for _ in range(sum(t.state.name == "WAITING" for t in study.trials)):
+        trial = study.ask()
+        suggest(trial)
+        if _same(trial, names, point):
+            return trial
+        _fail(study, trial)
+        study.enqueue_trial(trial.params)
+    raise ValueError(f"from_optuna: points must be in the unit cube; got {point}.")
+
+
+def _fail(study: Any, trial: Any) -> None:
+    study.tell(trial, state=type(study.trials[trial.number].state).FAIL)
 
 
 def _same(trial, names: tuple[str, ...], point: np.ndarray) -> bool:
