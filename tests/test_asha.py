@@ -109,6 +109,16 @@ def test_one_that_diverges_is_never_promoted_and_frees_its_slot():
     assert (metrics.leader[metrics.finite] != 9).all()
 
 
+def test_a_score_is_not_all_that_may_diverge():
+    x, hparams = tiny.starts(SIZE)
+    method = search.asha(tiny.doubted(float(hparams["rate"][1])), BUDGETS, slots=SLOTS, eta=ETA)
+    state, metrics = jit(method.step)(
+        method.init(x, hparams), jax.tree.map(lambda v: v[0], tiny.splits(1))
+    )
+    assert metrics.finished.tolist() == [False, True, False, False]
+    assert np.isnan(state.scores[1, 0]) and state.slots[1] == SLOTS  # the next one's turn
+
+
 def test_the_leader_is_the_best_at_the_highest_rung():
     state, metrics = outcome()
     last = state.scores[:, -1]

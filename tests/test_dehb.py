@@ -106,6 +106,17 @@ def test_what_falls_out_of_the_cube_is_drawn_anew():
     assert (points >= 0).all() and (points <= 1).all()
 
 
+@pytest.mark.parametrize(("rate", "changed"), [(0.0, 1), (1.0, DIMENSION)])
+def test_crossover_copies_all_or_a_single_coordinate(rate, changed):
+    method = search.dehb(DIMENSION, BUDGET, crossover=rate)
+    state = method.init(jax.random.key(2))
+    later = state._replace(told=jnp.int32(len(method.rounds)))
+    points = jax.jit(method.ask, static_argnums=0)(0, later)[0].points
+    differs = np.asarray(points != state.pools[0].points)  # nine rows, each a parent in turn
+    np.testing.assert_array_equal(differs.sum(1), np.full(9, changed))
+    assert differs.any(0).all()
+
+
 def test_small_rungs_are_topped_up_from_all_subpopulations():
     # One best point and three others drawn: a child of the last rung has some coordinate that no
     # combination of the best alone, the parent, gives; and it stays in the hull's reach.
@@ -144,6 +155,14 @@ def test_a_child_takes_its_parents_place_unless_it_is_worse():
             np.testing.assert_array_equal(mine.points, expected[0])
             np.testing.assert_array_equal(mine.scores, expected[1])
     assert failed > 0 and int(iterations()[-1][3].told) == len(iterations())
+
+
+def test_a_child_that_is_as_good_takes_the_place():
+    state = SEARCH.init(jax.random.key(0))
+    first, second = jnp.full((9, DIMENSION), 0.25), jnp.full((9, DIMENSION), 0.75)
+    for points in (first, second):
+        state = SEARCH.tell(0, state, points, jnp.ones(9))
+    np.testing.assert_array_equal(state.pools[0].points, second)
 
 
 def weak(x) -> bool:

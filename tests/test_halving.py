@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_members as tiny
+from jax.sharding import AxisType
 from problems import jit, mesh
 
 import hyperjax as hj
@@ -125,6 +126,15 @@ def test_a_diverged_member_is_never_promoted():
     broken = start._replace(x=start.x.at[best, 0].set(jnp.nan))
     train = search.successive_halving(tiny.tuner(), RUNGS, chunk=16)
     result = jit(train)(broken, tiny.splits(6))
+    assert_left_out(result, best)
+    # Nor is one whose score is finite, but not all else.
+    doubted = tiny.doubted(float(start.hparams["rate"][best]))
+    train = search.successive_halving(doubted, RUNGS[:2], chunk=16)
+    data = jax.tree.map(lambda x: x[:3], tiny.splits(6))
+    assert_left_out(jit(train)(start, data), best)
+
+
+def assert_left_out(result, best):
     assert np.isnan(result.rungs[0].score[best])
     assert best not in np.concatenate([r.slots for r in result.rungs[1:]])
     assert all(np.isfinite(r.score).all() for r in result.rungs[1:])
@@ -153,6 +163,9 @@ def test_devices_share_each_rung():
     jax.tree.map(np.testing.assert_array_equal, outcome(None), outcome(mesh("member")))
     with pytest.raises(ValueError, match="4 members cannot be shared equally by 8 devices"):
         search.successive_halving(tiny.tuner(), RUNGS, mesh=mesh("member"))
+    # Members lie along the first axis; others are for data inside a member.
+    both = jax.make_mesh((4, 2), ("member", "data"), axis_types=(AxisType.Auto,) * 2)
+    search.successive_halving(tiny.tuner(), RUNGS, mesh=both)
 
 
 def test_bad_input_is_refused():

@@ -69,6 +69,12 @@ def test_sampled_flips_approach_the_exact(rng):
     assert abs(sampled - exact) < 5 * np.sqrt(exact * (1 - exact) / 8191)
 
 
+def test_a_sampled_p_is_never_zero():
+    # No flip of 40 signs is as extreme, but for one in a million millions.
+    got = protocol.compare(np.arange(40.0) + 1, np.zeros(40), resamples=99)
+    assert got.sign_flip == 1 / 100
+
+
 def test_false_alarms_are_as_rare_as_said():
     draws = [np.random.default_rng(seed).normal(size=(2, 7)) for seed in range(400)]
     p = np.array([protocol.compare(*x, resamples=128).sign_flip for x in draws])

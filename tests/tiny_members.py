@@ -35,6 +35,18 @@ def tuner() -> hj.Tuner:
     return hj.Tuner(init, step)
 
 
+def doubted(rate: float) -> hj.Tuner:
+    """`tuner` whose member of this rate reports that something else than its score diverged, as a
+    hypergradient may."""
+    plain = tuner()
+
+    def step(state, split):
+        state, metrics = plain.step(state, split)
+        return state, metrics._replace(finite=metrics.finite & (state.hparams["rate"] != rate))
+
+    return hj.Tuner(plain.init, step)
+
+
 def starts(size: int, dtype: Any = np.float64):
     rng = np.random.default_rng(0)
     x, rate = rng.normal(size=(size, 3)), rng.uniform(0.02, 0.9, size)

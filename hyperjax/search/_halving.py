@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from .. import _checks, _tree
+from .. import _checks, _layout, _tree
 from .._population import PopulationState, population
 from .._tuner import run
 from .._types import Exchange, PyTree, Split, State, Tuner
@@ -127,7 +127,7 @@ def successive_halving(
       tuner: of one member; with `score_only` plain training, with `hypergradient` members that
         tune themselves in the meantime.
       rungs: from `rungs` or `brackets`, or any with fewer members and larger budgets each time.
-      chunk, mesh: as in `population`. A mesh must divide the members of every rung.
+      chunk, mesh: as in `population`. A mesh's first axis must divide the members of every rung.
 
     Raises ValueError for rungs that grow or do not get on, and at trace time unless members and
     splits fit the rungs.
@@ -159,13 +159,14 @@ def _check_rungs(rungs, mesh) -> tuple[Rung, ...]:
     stages = tuple(Rung(*r) for r in rungs)
     if not stages:
         raise ValueError(f"{where}: `rungs` is empty; pass for example `rungs(27, 27)`.")
+    devices = _layout.device_count(mesh)
     for stage in stages:
         _checks.positive_int(where, "rungs.members", stage.members)
         _checks.positive_int(where, "rungs.budget", stage.budget)
-        if mesh is not None and stage.members % mesh.size:
+        if stage.members % devices:
             raise ValueError(
-                f"{where}: {stage.members} members cannot be shared equally by {mesh.size} "
-                "devices; end with a rung that they divide."
+                f"{where}: {stage.members} members cannot be shared equally by {devices} devices; "
+                "end with a rung that they divide."
             )
     pairs = list(itertools.pairwise(stages))
     if any(a.members < b.members or a.budget >= b.budget for a, b in pairs):
