@@ -1,12 +1,15 @@
 """Exchange rules on members that only have a name: who copies whom, and who never does."""
 
+import functools
 from fractions import Fraction
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import problems
 import pytest
+from jax.sharding import PartitionSpec
 from problems import jit
 
 import hyperjax as hj
@@ -150,6 +153,50 @@ def test_exchange_waits_for_its_turn(name):
         check_truthful(group, jax.tree.map(np.asarray, after), jax.tree.map(np.asarray, events))
         group = after
     assert state.calls == 9
+
+
+@pytest.mark.parametrize("name", ["truncation", "tournament"])
+def test_nothing_is_moved_between_exchanges(name):
+    # `explore` is called with the copies, so that it tells when these are made.
+    calls = []
+
+    def told(key, hparams):
+        jax.debug.callback(lambda: calls.append(1))
+        return explore(key, hparams)
+
+    make = {"truncation": functools.partial(hj.exchange.truncation, 0.25)}
+    rule = make.get(name, hj.exchange.tournament)(told, every=3)
+    group, apply = members(8), jit(rule.apply)
+    state, seen = rule.init(group), []
+    for step in range(4):
+        score = scores(8).at[1].set(np.nan if step == 3 else 0.0)
+        group, state, _ = apply(jax.random.key(step), state, group, score)
+        jax.effects_barrier()
+        seen.append(bool(calls))
+        calls.clear()
+    assert seen == [False, False, True, True]  # the last time for a diverged member
+
+
+@pytest.mark.parametrize("name", ["truncation", "tournament"])
+def test_rules_in_a_shard_map(name):
+    # A population on every device; who copies whom varies over them, weights before that do not.
+    rule = RULES[name](every=2)
+    keys = jax.random.split(jax.random.key(0), 8)
+    table = jnp.stack([scores(8, s) for s in range(8)])
+
+    def twice(key, score):
+        group, state = members(8), rule.init(members(8))
+        for i in range(2):
+            group, state, _ = rule.apply(jax.random.fold_in(key[0], i), state, group, score[0])
+        return jax.tree.map(lambda x: x[None], group)
+
+    lane = PartitionSpec("lane")
+    spread = jax.shard_map(twice, mesh=problems.mesh("lane"), in_specs=lane, out_specs=lane)
+    found = jit(spread)(keys, table)
+    one = jit(lambda key, score: twice(key[None], score[None]))
+    for i in (0, 5):
+        for a, b in zip(*map(jax.tree.leaves, (found, one(keys[i], table[i]))), strict=True):
+            np.testing.assert_array_equal(a[i], b[0])
 
 
 def test_isolation_touches_nobody():

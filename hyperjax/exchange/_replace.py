@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .. import _tree
 from .._types import HParams, Key, PyTree
@@ -43,14 +44,23 @@ def random_finite(key: Key, score: jax.Array, shape: tuple[int, ...]) -> jax.Arr
     return jax.random.categorical(key, weight, shape=shape).astype(jnp.int32)
 
 
-def replace(key: Key, members: PyTree, parents: jax.Array, explore: Explore) -> PyTree:
-    """Members copied from their parents; a copy explores hyperparameters of its own."""
-    size = parents.shape[0]
-    copied = _tree.take(members, parents)
-    explored = jax.vmap(explore)(jax.random.split(key, size), copied.hparams)
-    explored = jax.tree.map(lambda x, y: x.astype(y.dtype), explored, copied.hparams)
-    moved = parents != jnp.arange(size)
-    return copied._replace(hparams=_tree.where(moved, explored, copied.hparams))
+def replace(key: Key, members: PyTree, parents: jax.Array, explore: Explore, every: int) -> PyTree:
+    """Members copied from their parents; a copy explores hyperparameters of its own.
+
+    Between two exchanges, if nobody has diverged, nothing is moved in memory or between devices.
+    """
+    moved = parents != jnp.arange(parents.shape[0])
+
+    def copies(members: PyTree) -> PyTree:
+        copied = _tree.take(members, parents)
+        explored = jax.vmap(explore)(jax.random.split(key, len(moved)), copied.hparams)
+        explored = _tree.cast_like(explored, copied.hparams)
+        return copied._replace(hparams=_tree.where(moved, explored, copied.hparams))
+
+    if every == 1:  # somebody is always replaced, and a branch would cost one more copy
+        return copies(members)
+    members = _tree.vary_like(members, (key, parents))  # as copies do
+    return lax.cond(moved.any(), copies, lambda members: members, members)
 
 
 def when_due(state: Clock, every: int, score: jax.Array, parents: jax.Array) -> jax.Array:

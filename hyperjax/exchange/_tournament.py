@@ -30,7 +30,7 @@ def tournament(explore: Explore, *, every: int = 1) -> Exchange:
         parents = jnp.where(score[rival] < score, rival, own)  # False for a NaN on either side
         parents = jnp.where(jnp.isfinite(score), parents, random_finite(reseed, score, (size,)))
         parents = when_due(state, every, score, parents)
-        members = replace(mutate, members, parents, explore)
+        members = replace(mutate, members, parents, explore, every)
         return members, Clock(state.calls + 1), Events(parents, ~jnp.isfinite(score))
 
     return Exchange(clock, apply)

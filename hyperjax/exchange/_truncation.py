@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _checks
-from .._types import Exchange
+from .._types import Exchange, Key
 from ._replace import (
     Clock,
     Events,
@@ -37,16 +37,19 @@ def truncation(fraction: float, explore: Explore, *, every: int = 1) -> Exchange
     _checks.positive_int("truncation", "every", every)
 
     def apply(key, state, members, score):
-        size = score.shape[0]
-        count = math.floor(fraction * size + 1e-6)  # 0.29 * 100 is 28.999999999999996
         choose, reseed, mutate = jax.random.split(key, 3)
-        ranks = rank(score)
-        own = jnp.arange(size)
-        best = jnp.argsort(ranks)[jax.random.randint(choose, (size,), 0, max(count, 1))]
-        parents = jnp.where(ranks >= size - count, best, own)
-        parents = jnp.where(jnp.isfinite(score), parents, random_finite(reseed, score, (size,)))
-        parents = when_due(state, every, score, parents)
-        members = replace(mutate, members, parents, explore)
+        parents = when_due(state, every, score, select(choose, reseed, score, fraction))
+        members = replace(mutate, members, parents, explore, every)
         return members, Clock(state.calls + 1), Events(parents, ~jnp.isfinite(score))
 
     return Exchange(clock, apply)
+
+
+def select(choose: Key, reseed: Key, score: jax.Array, fraction: float) -> jax.Array:
+    """Parents [P]: for the worst one of the best, for a diverged member one that is not."""
+    size = score.shape[0]
+    count = math.floor(fraction * size + 1e-6)  # 0.29 * 100 is 28.999999999999996
+    ranks = rank(score)
+    best = jnp.argsort(ranks)[jax.random.randint(choose, (size,), 0, max(count, 1))]
+    parents = jnp.where(ranks >= size - count, best, jnp.arange(size))
+    return jnp.where(jnp.isfinite(score), parents, random_finite(reseed, score, (size,)))
