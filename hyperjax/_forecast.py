@@ -45,12 +45,17 @@ def forecast(
     cent), work space that a library takes behind the compiler's back, and on a CPU whatever
     compilation itself needs. Every device of a sharded program holds this much.
 
-    Raises ValueError on a backend without an analysis.
+    Raises ValueError on a backend without an analysis, or for `donate` beside a jitted function.
     """
     _checks.is_callable("forecast", "function", function)
     program: Any = function
     if not hasattr(function, "lower"):
         program = jax.jit(function, donate_argnums=tuple(donate))
+    elif donate:
+        raise ValueError(
+            f"forecast: `function` is jitted already; got `donate` {tuple(donate)} beside it. "
+            "Leave it out: what the function donates is known."
+        )
     return read_forecast(program.lower(*arguments).compile())
 
 
@@ -100,7 +105,7 @@ def largest_fit(
     wanted = forecast_of(size)
     if wanted.total_bytes <= memory:
         return Fit(size, wanted)
-    found = _search(forecast_of, size // multiple, wanted, memory, multiple)
+    found = largest_below(forecast_of, size, wanted, memory, multiple)
     need = f"size {size:,} takes {wanted.total_bytes:,} bytes of {memory:,}"
     if found is None:
         raise MemoryError(f"largest_fit: {need}; not even {multiple} fits.")
@@ -110,9 +115,11 @@ def largest_fit(
     )
 
 
-def _search(forecast_of, above: int, over: Forecast, memory: int, multiple: int) -> Fit | None:
-    """The largest multiple below one that does not fit, along straight lines."""
-    below, under = 1, forecast_of(multiple)
+def largest_below(
+    forecast_of: Callable[[int], Forecast], size: int, over: Forecast, memory: int, multiple: int
+) -> Fit | None:
+    """The largest multiple below `size`, which takes `over`, too much; along straight lines."""
+    above, below, under = size // multiple, 1, forecast_of(multiple)
     if above == 1 or under.total_bytes > memory:
         return None
     while above - below > 1:

@@ -1,11 +1,21 @@
 """Forecasts: bytes of arguments, outputs and what lies between, and the size that still fits."""
 
+from typing import Any
+
+import cli_runs
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import AxisType
 
 import hyperjax as hj
+from hyperjax.app import _memory, _program, _tune
+from hyperjax.app._errors import AppError
+from hyperjax.app._folder import create
+from hyperjax.app._output import silent
+from hyperjax.app._settings import make_settings
+from hyperjax.app._signals import Stop
 
 
 def shapes(*lengths: int):
@@ -26,7 +36,10 @@ def test_donated_arguments_count_once():
     donated = hj.forecast(step, shapes(1000), donate=(0,))
     assert donated.aliased_bytes == 4000
     assert plain.total_bytes - donated.total_bytes == 4000
-    assert hj.forecast(jax.jit(step, donate_argnums=0), shapes(1000)) == donated
+    jitted = jax.jit(step, donate_argnums=0)
+    assert hj.forecast(jitted, shapes(1000)) == donated
+    with pytest.raises(ValueError, match=r"jitted already; got `donate` \(0,\) beside it"):
+        hj.forecast(jitted, shapes(1000), donate=(0,))
 
 
 def test_temporaries_are_what_a_program_must_hold():
@@ -88,3 +101,42 @@ def test_the_largest_population_of_a_real_program():
     size = int(str(caught.value).split("fits is ")[1].split(",")[0])
     assert 55 <= size <= 131  # 8 kB of weights each, after a step beside those before it
     assert forecast_of(size).total_bytes <= limit < forecast_of(size + 1).total_bytes
+
+
+# ------------------------------------------------------------------------------- the command
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_begins(monkeypatch, tmp_path):
+    names: dict = {}
+    exec(cli_runs.TASK, names)
+    compiled = []
+
+    def compile_program(task, method, settings, mesh):
+        compiled.append(settings.members)
+        forecast = hj.Forecast(0, 0, 0, 100 + 7 * settings.members, 0)
+        layout: Any = None
+        never = lambda *_: pytest.fail("it ran")
+        return _program.Program(never, never, 0.0, forecast, layout)
+
+    for module in (_tune, _memory):
+        monkeypatch.setattr(module, "compile_program", compile_program)
+    settings = make_settings({"task": "ridge", "members": 300, "seeds": 2}, [])
+    folder = create(tmp_path / "run", settings, "tune")
+    mesh = jax.make_mesh((4,), ("member",), (AxisType.Auto,), devices=jax.devices()[:4])
+
+    def refused(memory, mesh, message):
+        monkeypatch.setattr(_memory, "device_memory", lambda sharing: memory * sharing)
+        with pytest.raises(AppError, match=message):
+            _tune.tune(folder, settings, names["ridge"], mesh, silent(), Stop())
+
+    refused(1000, None, r"^300 members in .* 2 studies take 2\.1 KiB .*are --members 128\. Fewer")
+    assert len(compiled) <= 5
+    refused(251, mesh, "the most that fit are --members 128")  # a multiple of four
+    refused(105, None, "not even 1 fit")
+    assert not (folder / "metrics.jsonl").exists()
+
+
+def test_devices_of_a_machine_share_its_memory():
+    whole = _memory.device_memory(1)
+    assert 2**20 < whole < 2**50
+    assert _memory.device_memory(4) == whole // 4

@@ -65,7 +65,7 @@ def _prepare_jax(args: argparse.Namespace) -> None:
     import jax
 
     if "JAX_NUM_CPU_DEVICES" not in os.environ and "XLA_FLAGS" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+        jax.config.update("jax_num_cpu_devices", _hosts.cores())
         # One program at a time: two that both sum over these devices can take each other's threads,
         # and XLA ends the process after waiting for 40 s.
         jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -18,6 +18,7 @@ from .._types import Split
 from .._unroll import unroll
 from ..linsolve import cg
 from ..tasks._data import VARIABLE
+from . import _hosts
 from ._check_problem import first_line
 from ._grid import grid, quantity
 from ._output import Output
@@ -98,7 +99,7 @@ def within(version: str, bounds: str) -> bool:
 
 
 def _devices() -> dict[str, Any]:
-    cores = os.cpu_count() or 1
+    cores = _hosts.cores()
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # a backend was asked for that is not there

@@ -113,6 +113,13 @@ def _spare_standard_output() -> None:
     sys.stdout = os.fdopen(results, "w", buffering=1, encoding=sys.stdout.encoding)
 
 
+def cores() -> int:
+    """Those that this process may use: SLURM and containers often leave it a few of many."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def several() -> bool:
     """Whether there are other processes. Starts JAX only if there are."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
@@ -133,6 +140,13 @@ def any_of(flag: bool) -> bool:
     if not several():
         return flag
     return bool(multihost_utils.process_allgather(np.int32(flag)).any())
+
+
+def least(value: int) -> int:
+    """The least of what the processes say, in whole MiB where there are several."""
+    if not several():
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value >> 20)).min()) << 20
 
 
 def check_same(what: str, text: str) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from .._forecast import Forecast, read_forecast
 from .._layout import Layout
 from .._space import Space
 from .._tuner import Metrics
@@ -62,7 +63,7 @@ class Program(NamedTuple):
     advance: Callable[[Any, int], tuple[Any, History]]
     start: Callable[[], Any]  # the state before the first update
     compile_seconds: float
-    memory_bytes: int  # the compiler's temporary memory
+    forecast: Forecast | None  # bytes on each device; not every backend has one
     layout: Layout  # of the members of one study
 
 
@@ -107,9 +108,8 @@ def compile_program(task: Task, method: Method, settings: Settings, mesh: Mesh |
         state, (arrays, _) = compiled(state, np.int32(first))
         return state, History(*[np.asarray(x) for x in arrays])
 
-    forecast = compiled.memory_analysis()
-    memory = forecast.temp_size_in_bytes if forecast else 0  # not every backend has one
-    return Program(advance, start, seconds, memory, layout)
+    forecast = None if compiled.memory_analysis() is None else read_forecast(compiled)
+    return Program(advance, start, seconds, forecast, layout)
 
 
 def _history(space: Space, members: Metrics, events: Events) -> History:

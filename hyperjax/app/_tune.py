@@ -12,6 +12,8 @@ from ..tasks import Task
 from . import _hosts
 from ._checkpoint import Checkpoints
 from ._folder import Folder
+from ._grid import quantity
+from ._memory import check_fits
 from ._methods import Method, make_method
 from ._output import Output
 from ._program import History, Program, Progress, chunks, compile_program, empty_history
@@ -36,10 +38,10 @@ def tune(
         done = checkpoints.latest or 0
         out.line(_headline(settings, task, mesh))
         program = compile_program(task, method, settings, mesh)
-        out.line(
-            f"compiled in {program.compile_seconds:.1f} s; "
-            f"the compiler reserves {program.memory_bytes / 2**20:.0f} MiB per device"
-        )
+        check_fits(program, task, settings, mesh)
+        need = program.forecast
+        takes = f"; takes {quantity(need.total_bytes)} on each device" if need else ""
+        out.line(f"compiled in {program.compile_seconds:.1f} s{takes}")
         out.line(f"in each study {program.layout}")
         state, history, seconds = _restore(checkpoints, program, settings, len(task.space.names))
         folder.rewind("metrics.jsonl", done)  # what came after will be computed, and logged, again
