@@ -57,17 +57,22 @@ def make_layout(members: State, chunk: Chunk, mesh: Mesh | None, axis_name: Any)
         at_once, why = here, f"all of them share the axis {axis_name!r}"
     elif chunk != "auto":
         at_once, why = min(chunk, here), "as asked for"
-    elif jax.default_backend() != "cpu":
+    elif _platform(mesh) != "cpu":
         at_once, why = here, "an accelerator wants all of them"
     else:
         at_once = _cached(here, member_bytes)
-        why = f"a state of {member_bytes:,} bytes, in the cache of a core"
+        where = "in" if at_once * member_bytes <= _CACHE_BYTES else "larger than"
+        why = f"a state of {member_bytes:,} bytes, {where} the cache of a core"
     there = jax.local_device_count()
     if devices == 1 and _sharing(size, there) > 1:
         why += f"; {there} devices are there, which mesh='auto' shares the members among"
     elif devices == 1 and there == 1 and size > 1 and jax.default_backend() == "cpu":
         why += f"; {_ONE_DEVICE}"
     return Layout(size, devices, at_once, member_bytes, why)
+
+
+def _platform(mesh: Mesh | None) -> str:
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def _cached(size: int, member_bytes: int) -> int:

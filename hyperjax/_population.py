@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from . import _checks, _layout, _tree
 from ._layout import Batching, Chunk, Layout, Place
@@ -62,8 +62,11 @@ def population(
         have their state in a core's cache, often one; an accelerator gets all of them. The number
         need not divide the members. See `fastest_chunk` and `largest_fit` to measure instead.
       mesh: where members are shared out, equally, along its first axis; further axes are the
-        compiler's, for data inside a member. Only the exchange communicates. "auto": all devices
-        of this process that share the members equally, or none where a mesh is in force already.
+        compiler's, for data inside a member. Its axes are of type Auto. Only the exchange
+        communicates. None: where the arrays are, as everywhere in JAX. "auto": as many devices of
+        this process as share the members equally, or none where a mesh is in force already; then
+        no other argument of a program may be committed to other devices, nor a second population
+        in it take another number of them.
         A CPU is one device unless told, before the first use of JAX, to be one per core:
         `jax.config.update("jax_num_cpu_devices", os.cpu_count())`, and then best
         `jax.config.update("jax_cpu_enable_async_dispatch", False)`, as two programs at a time can
@@ -176,6 +179,12 @@ def _check_arguments(tuner, exchange, chunk, mesh, batches, axis_name) -> None:
             )
     if isinstance(mesh, str):
         _checks.one_of("population", "mesh", mesh, ("auto",))
+    elif mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"population: the axes of `mesh` must be of type Auto; got {mesh.axis_types}. Make it "
+            f"with `jax.make_mesh({mesh.axis_sizes}, {mesh.axis_names}, "
+            f"(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)})`."
+        )
 
 
 def _check_batches(split: Split, size: int) -> None:

@@ -184,6 +184,8 @@ def test_layouts_say_what_and_why():
     assert "12 members on 1 device, 12 at once on each" in str(layout)
     assert "40 bytes" in layout.why and "mesh='auto'" in layout.why
     assert jax.tree.leaves(layout) == []
+    members = jnp.zeros((4, 10**5), jnp.float32)
+    assert "larger than the cache" in _layout.make_layout(members, "auto", None, None).why
     _, metrics = outcome(hj.population(descent(), ALONE, chunk=5, mesh="auto"), 12)
     assert (metrics.layout.chunk, metrics.layout.devices) == (2, 6)
     assert "as asked for" in metrics.layout.why
@@ -372,5 +374,8 @@ def test_limits_vmap_over_seeds():
 def test_meshes_by_another_name_are_refused():
     with pytest.raises(ValueError, match="`mesh` must be one of 'auto'; got 'all'"):
         hj.population(descent(), ALONE, mesh="all")  # pyright: ignore[reportArgumentType]
+    explicit = jax.make_mesh((4, 2), ("member", "data"))  # what JAX makes unless told
+    with pytest.raises(ValueError, match=r"must be of type Auto; got .*AxisType\.Auto,\) \* 2"):
+        hj.population(descent(), ALONE, mesh=explicit)
     with pytest.raises(ValueError, match="`batches` must be one of 'shared', 'own'; got 'mine'"):
         hj.population(descent(), ALONE, batches="mine")  # pyright: ignore[reportArgumentType]
