@@ -10,7 +10,7 @@ def offsets(key: Key, size: int, like: HParams) -> HParams:
     """Leaves [size, *shape] for leaves [*shape]: each scalar has `size` values over [-1, 1].
 
     The values are those of HDET (arXiv 2604.24708), symmetric around 0, in an order of its own for
-    every scalar, so that no two of them vary together. A single replica stays at the centre.
+    every scalar, so that over many draws no two vary together. A single one stays in the centre.
     """
     return _tables(key, size, like, _shuffled)
 
@@ -58,7 +58,7 @@ def average(tree: PyTree, keep: jax.Array) -> PyTree:
     first = jnp.argmax(keep)
 
     def one(x):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
             return x
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         near = wide[first]

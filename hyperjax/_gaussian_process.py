@@ -143,7 +143,7 @@ def slice_sample(
     Each sweep updates every coordinate by slice sampling (Neal 2003): an interval of `width` placed
     at random around the point steps out until both ends lie below the level, at most ten times
     in all, then shrinks towards the point until a uniform draw lies in the slice. A density of NaN
-    counts as zero. A start of density zero does not move. Works under jit, vmap and scan.
+    counts as zero, also at the start, which stays until it sees some. Works under jit, vmap, scan.
     """
     dims = start.shape[0]
     start = _tree.vary_like(start, density(start))
@@ -167,8 +167,10 @@ SHRINKS = 100  # the interval is then narrower than rounding; the point stays wh
 def _slice_coordinate(key, density, point, d, width):
     level_key, place_key, share_key, draw_key = jax.random.split(key, 4)
     along = lambda t: density(point.at[d].add(t))
+    here = density(point)
+    here = jnp.where(jnp.isnan(here), -jnp.inf, here)  # or a chain would never leave again
     # the log of a uniform height under the density
-    level = density(point) - jax.random.exponential(level_key, (), point.dtype)
+    level = here - jax.random.exponential(level_key, (), point.dtype)
     left = -width * jax.random.uniform(place_key, (), point.dtype)
     # the ends share the steps at random, as detailed balance asks of a limit
     budget = jax.random.randint(share_key, (), 0, STEPS_OUT)

@@ -21,6 +21,7 @@ class Range:
     forward: Callable[[jax.Array], jax.Array]  # raw -> constrained
     inverse: Callable[[jax.Array], jax.Array]
     quantile: Callable[[jax.Array], jax.Array]  # (0, 1) -> raw, the inverse distribution function
+    distribution: Callable[[jax.Array], jax.Array]  # raw -> (0, 1), the inverse of `quantile`
     low: float  # bounds of the constrained value; infinite where there is none
     high: float
     init: float | np.ndarray  # constrained
@@ -165,9 +166,11 @@ def _make(where, forward, inverse, quantile, low, high, init, shape, scale) -> R
         raise ValueError(f"{where}: {'; '.join(faults)}.")
     midpoints = lambda points: quantile((jnp.arange(points, dtype=float) + 0.5) / points)
     outside = lambda name, x: out_of_range(name, x, low, high)
+    distributions = {_logit: jax.nn.sigmoid, jax.scipy.special.ndtri: jax.scipy.special.ndtr}
     return Range(
-        forward, inverse, quantile, low, high, init, tuple(shape), scale, midpoints, outside
-    )
+        forward, inverse, quantile, distributions[quantile], low, high, init, tuple(shape), scale,
+        midpoints, outside,
+    )  # fmt: skip
 
 
 def inverse_softplus(y):

@@ -44,6 +44,7 @@ def schedule(
 
         def one(x):
             x = jnp.asarray(x)
+            x = x.astype(jnp.result_type(x, float))  # whole numbers have others between them
             share = (place - left).astype(x.dtype)
             return x[left] + share * (x[right] - x[left])
 

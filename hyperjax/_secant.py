@@ -50,6 +50,7 @@ class SecantInfo(NamedTuple):
     share: Scalar  # of the correction that was applied, in [0, 1]
     noise: Scalar  # standard deviation n of a score
     diverged: jax.Array  # bool [P]: left out
+    rank: jax.Array  # int32: directions that the offsets span; in others it is first-order
 
 
 class SecantCarry(NamedTuple):
@@ -72,21 +73,24 @@ def secant_gradient(
     correction is dropped (`share` is 0).
 
     Replicas whose score, hyperparameters or gradient are not finite are left out; without any left
-    the gradient is NaN. Raises ValueError if P is too small or the leaves disagree on it.
+    the gradient is NaN. Half precision is computed in float32. Raises ValueError if P is too small
+    or the leaves disagree on it.
     """
     _check_sizes(scores, hparams, grads, noise)
     h, g = (_matrix(x) for x in (hparams, grads))
     sound = jnp.isfinite(scores) & jnp.isfinite(h).all(1) & jnp.isfinite(g).all(1)
     mean = lambda x: _fan_out.masked_mean(sound, x)
     keep = lambda x: _tree.where(sound, x, jnp.zeros_like(x))
-    offsets = keep(h - mean(h)[None])
+    # From one of them, so that equal ones are exactly zero: their rounding would span directions.
+    apart = keep(h - h[jnp.argmax(sound)][None])
+    offsets = keep(apart - mean(apart)[None])
     first = mean(g)
     scores = keep(scores.astype(h.dtype))
     predicted = jnp.sum(offsets * keep(g + first[None]), axis=1) / 2
     centred = lambda x: keep(x - mean(x))
-    regress = _regression(offsets)
-    correction, fitted, rank = regress(centred(scores - predicted))
-    secant, _, _ = regress(centred(scores))
+    regress, rank = _regression(offsets)
+    correction, fitted = regress(centred(scores - predicted))
+    secant, _ = regress(centred(scores))
     left = jnp.sum((centred(scores - predicted) - fitted) ** 2)
     freedom = sound.sum() - 1 - rank
     if noise is None:
@@ -100,7 +104,7 @@ def secant_gradient(
     grad = jnp.where(sound.any(), first + share * correction, jnp.nan)
     tree = lambda x: _untangle(x, hparams)
     info = SecantInfo(
-        tree(first), tree(secant), tree(correction), share, jnp.sqrt(variance), ~sound
+        tree(first), tree(secant), tree(correction), share, jnp.sqrt(variance), ~sound, rank
     )
     return tree(grad), info
 
@@ -118,8 +122,9 @@ def secant(
 
     Replicas have carries of their own, and offsets evenly spaced over -+ `width` (a number, or a
     tree of them) in raw units, in an order of its own for every scalar and in pairs of opposite
-    ones, which keeps curvature out of the slopes: so take two replicas or more per scalar. They
-    keep both from one estimate to the next: their scores then tell of effects over all this time,
+    ones, which keeps curvature out of the slopes. Take three replicas or more per scalar: with two,
+    a quarter of all draws for two scalars span but one direction (`SecantInfo.rank`). Replicas keep
+    both from one estimate to the next: their scores then tell of effects over all this time,
     far beyond the horizon of one estimate. All replicas get the same split.
 
     Every `every` estimates they converge, as in HDET: carries become their mean (over floating
@@ -127,7 +132,7 @@ def secant(
     goes on from the carry of one that did not. The value of the estimate is the mean score.
 
     The carry is a `SecantCarry`, the info a `SecantInfo`. Costs `size` estimates. Raises ValueError
-    for fewer replicas than `secant_gradient` needs.
+    for fewer replicas than `secant_gradient` needs, or a width that is not finite and >= 0.
     """
     _checks.has_functions("secant", "estimator", estimator, ("init", "estimate"))
     _checks.positive_int("secant", "size", size, least=2)
@@ -135,8 +140,8 @@ def secant(
         _checks.positive_int("secant", "every", every)
 
     def draw(key: Key, hparams: HParams) -> HParams:
-        spread = _fan_out.mirrored(key, size, hparams)
         widths = _widths(width, hparams)
+        spread = _fan_out.mirrored(key, size, hparams)
         return jax.tree.map(lambda o, w: (o * w).astype(o.dtype), spread, widths)
 
     def init(params: Params, hparams: HParams) -> SecantCarry:
@@ -144,7 +149,8 @@ def secant(
         members = jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *jnp.shape(x))), one)
         now, later = jax.random.split(own_key(key, params, hparams))
         age = jnp.zeros((), jnp.int32)
-        return _tree.strong(SecantCarry(members, draw(now, hparams), later, age))
+        carry = _tree.strong(SecantCarry(members, draw(now, hparams), later, age))
+        return _tree.vary_like(carry, (params, hparams))
 
     def estimate(hparams: HParams, carry: SecantCarry, split: Split):
         around = jax.tree.map(lambda x, d: x[None] + d, hparams, carry.offsets)
@@ -154,6 +160,7 @@ def secant(
         grad, info = secant_gradient(scores, around, each.grad, noise=noise)
         grad = _tree.cast_like(grad, hparams)
         donor = jnp.where(sound, jnp.arange(size), jnp.argmax(sound))
+        members = _tree.vary_like(members, donor)
         members = lax.cond(sound.all(), lambda: members, lambda: _tree.take(members, donor))
         value = jnp.where(sound.any(), _fan_out.masked_mean(sound, each.value), jnp.nan)
         carry = SecantCarry(members, carry.offsets, carry.key, carry.age + 1)
@@ -166,7 +173,8 @@ def secant(
         def anew():
             now, later = jax.random.split(carry.key)
             members = _fan_out.average(carry.members, jnp.ones(size, bool))
-            return SecantCarry(members, draw(now, hparams), later, jnp.zeros_like(carry.age))
+            new = SecantCarry(members, draw(now, hparams), later, jnp.zeros_like(carry.age))
+            return _tree.vary_like(new, carry)
 
         return lax.cond(carry.age == every, anew, lambda: carry)
 
@@ -174,7 +182,7 @@ def secant(
 
 
 def _regression(offsets):
-    """Least squares on centred offsets [P, D], of least norm: y -> (slope, fitted, rank)."""
+    """Least squares on centred offsets [P, D], of least norm: y -> (slope, fitted); its rank."""
     scale = jnp.sqrt(jnp.sum(offsets**2, axis=0))
     scale = jnp.where(scale > 0, scale, 1)
     u, s, v = jnp.linalg.svd(offsets / scale[None], full_matrices=False)
@@ -184,14 +192,15 @@ def _regression(offsets):
     def regress(y):
         along = jnp.where(spans, u.T @ y, 0)
         slope = v.T @ (along / jnp.where(spans, s, 1)) / scale
-        return slope, u @ along, spans.sum()
+        return slope, u @ along
 
-    return regress
+    return regress, spans.sum(dtype=jnp.int32)
 
 
 def _matrix(tree: HParams) -> jax.Array:
     """[P, D]."""
-    return jnp.concatenate([jnp.reshape(x, (x.shape[0], -1)) for x in jax.tree.leaves(tree)], 1)
+    rows = jnp.concatenate([jnp.reshape(x, (x.shape[0], -1)) for x in jax.tree.leaves(tree)], 1)
+    return rows.astype(jnp.promote_types(rows.dtype, jnp.float32))  # no decomposition in less
 
 
 def _untangle(vector: jax.Array, like: HParams) -> HParams:
@@ -208,7 +217,15 @@ def _untangle(vector: jax.Array, like: HParams) -> HParams:
 
 def _widths(width, hparams: HParams) -> HParams:
     single = jax.tree.structure(width) == jax.tree.structure(0.0)
-    return jax.tree.map(lambda _: width, hparams) if single else width
+    widths = jax.tree.map(lambda _: width, hparams) if single else width
+    if jax.tree.structure(widths) != jax.tree.structure(hparams):
+        raise ValueError(
+            "secant: `width` must be a number, or one per leaf in the structure of `hparams`, "
+            f"{jax.tree.structure(hparams)}; got {jax.tree.structure(width)}."
+        )
+    for x in jax.tree.leaves(widths):
+        _checks.number("secant", "width", x)
+    return widths
 
 
 def _check_sizes(scores, hparams, grads, noise) -> None:

@@ -83,6 +83,14 @@ class Space:
         inside = jnp.clip(jnp.asarray(points, jnp.result_type(points, float)), *_INSIDE)
         return self._split(inside, lambda r, block: r.quantile(block))
 
+    def to_unit(self, raw: HParams) -> jax.Array:
+        """Points of the unit cube [..., D] at raw values: the inverse of `from_unit`.
+
+        Only a point nearer than 1e-6 to a side, which that moves, does not come back.
+        """
+        self.check("to_unit", raw)
+        return self.ravel(jax.tree.map(lambda r, x: r.distribution(x), self.ranges, raw))
+
     def grid(self, points: int) -> HParams:
         """Raw values of the full factorial grid: leaves [N, ...], N = points ** D for D scalars.
 

@@ -168,6 +168,11 @@ def test_slice_sampler_stays_where_there_is_no_density():
     nowhere = lambda v: jnp.nan * v.sum()
     chain = gp.slice_sample(jax.random.key(0), nowhere, jnp.ones(2), width=1.0, sweeps=3)
     np.testing.assert_array_equal(chain, np.ones((3, 2)))
+    # and leaves when it sees some: here within 0.5 of the origin, all equal
+    for void in (-jnp.inf, jnp.nan):
+        island = lambda v, void=void: jnp.where(jnp.abs(v[0]) < 0.5, 0.0, void)
+        chain = gp.slice_sample(jax.random.key(0), island, jnp.ones(1), width=1.0, sweeps=9)
+        assert np.all(np.abs(chain[-3:]) < 0.5) and np.unique(chain[-3:]).size == 3
 
 
 # ---------------------------------------------------------------------------- maximizing

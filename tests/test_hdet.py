@@ -94,7 +94,7 @@ def test_spread_is_symmetric_even_and_permuted_anew():
 
 
 def test_a_width_of_zero_keeps_a_hyperparameter_bit_for_bit():
-    rule = hj.exchange.hdet(SPACE, width={"lr": 0.5, "drop": 0.0}, gain=2.0)
+    rule = hj.exchange.hdet(SPACE, width={"lr": 0.5, "drop": 0.0}, gain=2.0, sigma=1.0)
     seen = play(rule, larger, 5)
     first = np.tile(np.asarray(start()["drop"]), (5, 1))
     np.testing.assert_array_equal(seen.hparams["drop"], first)
@@ -159,6 +159,39 @@ def test_running_sigma_does_not_feel_the_scale_of_the_loss():
         bases.append(play(rule, score, 30).events.base["lr"])
     np.testing.assert_allclose(bases[1], bases[0], rtol=1e-10)
     assert bases[0][-1] > 0.02  # towards exp(-2)
+
+
+def test_one_exploding_loss_does_not_silence_the_controller():
+    # The square of the second has no place in float64. In a plain mean of variances the first
+    # would drown all others for 400 convergences.
+    rule = hj.exchange.hdet(SPACE, width=0.5)
+    rise = {}
+    for spike in (1.0, 1e10, 1e200):
+        hit = lambda i, spike=spike: jnp.where((i == 3) & (jnp.arange(SIZE) == 2), spike, 1.0)
+        seen = play(rule, lambda h, i, hit=hit: hit(i) * (jnp.log(h["lr"]) + 2) ** 2, 30)
+        rates = seen.events.base["lr"]
+        rise[spike] = np.log(rates[-1] / rates[3])
+        assert np.isfinite(rates).all() and np.isfinite(seen.state.base.variance)
+    assert min(rise.values()) > 0.5 * rise[1.0] > 0.5
+
+
+def test_rounding_is_no_signal_and_sets_no_scale():
+    # Scores that differ in their last bit, for five convergences, and then in earnest.
+    rule = hj.exchange.hdet(SPACE, width=0.5)
+    tiny = lambda h, i: 1.0 + 2.0**-52 * (h["lr"] > h["lr"].mean())
+    score = lambda h, i: jnp.where(i < 5, tiny(h, i), jnp.log(h["lr"]))
+    seen = play(rule, score, 7)
+    assert np.abs(seen.events.signal["lr"][:5]).max() < 1e-15
+    losses = np.log(SPACE.constrain(seen.hparams)["lr"][5])
+    np.testing.assert_allclose(seen.events.signal["lr"][5], by_hand(losses, 0.5), rtol=1e-9)
+
+
+def by_hand(losses, width):
+    """The signal of members at exp(loss), in units of the deviation of their losses."""
+    weights = np.exp(-(losses - losses.mean()) / losses.std())
+    ratio = np.exp(losses) / np.exp(losses).mean() - 1
+    assert abs(np.abs(ratio).max() - width) < 1e-9
+    return weights @ ratio / weights.sum()
 
 
 def test_diverged_members_push_away():
@@ -487,6 +520,23 @@ def test_a_device_that_diverges_is_left_out_and_comes_back():
     expected[2, 5] = True
     np.testing.assert_array_equal(events.diverged, expected)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, base)))
+
+
+def test_a_loop_knows_how_many_devices_it_is_for_and_keeps_counters():
+    loop = hj.exchange.hdet_loop(RATE)
+    many = 2**24 + 1  # no float32
+    params = {"w": jnp.arange(4.0), "count": jnp.full(4, many, jnp.int32)}
+    converge = lambda size: jax.vmap(
+        lambda p, value: loop.converge(
+            loop.init(jax.random.key(0), RATE.init(), size), p, value, "m"
+        ),
+        axis_name="m",
+    )(params, jnp.asarray([0.0, 1.0, 2.0, jnp.nan]))
+    with pytest.raises(ValueError, match="state is for 8 devices, but axis 'm' has 4"):
+        converge(8)
+    after, *_ = converge(4)
+    np.testing.assert_array_equal(after["count"], [many] * 4)
+    np.testing.assert_array_equal(after["w"], [1.0] * 4)
 
 
 # ------------------------------------------------------------------ transforms and types

@@ -69,6 +69,11 @@ def test_constant_and_linear_values():
     np.testing.assert_array_equal(linear, np.interp(np.arange(15) / 4, [0, 1, 2], values))
 
 
+def test_between_whole_numbers_are_others():
+    at = hj.schedule(jnp.asarray([0, 4]), 4, interpolation="linear")
+    assert [float(at(i)) for i in range(5)] == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
 def test_trees_traced_lengths_and_derivatives():
     values = {"lr": jnp.asarray([1.0, 2.0]), "w": jnp.ones((2, 3), jnp.float32)}
     at = lambda v, every, count: hj.schedule(v, every)(count)

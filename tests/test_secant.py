@@ -98,9 +98,11 @@ def test_without_information_it_is_first_order():
     grad, info = hj.secant_gradient(scores, h, g, noise=1e6)
     assert info.share == 0
     np.testing.assert_array_equal(vector(grad), vector(info.first_order))
+    assert info.rank == DIM
     same = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), h)
     grad, info = hj.secant_gradient(scores, same, g)
-    assert info.share == 0
+    assert info.share == 0 and info.rank == 0
+    grad, info = hj.secant_gradient(scores, same, g, noise=0.0)  # what would be applied is nothing
     np.testing.assert_allclose(vector(grad), vector(jax.tree.map(lambda x: x.mean(0), g)))
 
 
@@ -151,6 +153,38 @@ def test_diverged_replicas_are_left_out(bad):
     assert np.isnan(vector(grad)).all()
 
 
+def test_what_offsets_do_not_span_is_first_order():
+    # The second and third vary together, by the same: only their sum is seen, and shared out.
+    _, gradient, offsets = quadratic()
+    offsets = offsets[:, [0, 1, 1]]
+    g = gradient(offsets) + BIAS
+    mean = g.mean(0)
+    scores = 2.0 + (offsets * (g + mean) / 2).sum(1) - offsets @ BIAS[0]
+    grad, info = hj.secant_gradient(*map(jnp.asarray, (scores, offsets, g)))
+    assert info.rank == 2
+    both = BIAS[0, 1:].mean()
+    np.testing.assert_allclose(grad, mean - [BIAS[0, 0], both, both], atol=1e-12)
+
+
+def test_two_replicas_of_known_noise_are_a_difference_quotient():
+    # L = h^2 at 1 -+ 0.5 with gradients wrong by 3; a third replica is lost.
+    h = jnp.asarray([0.5, 1.5, 7.0])
+    grad, info = hj.secant_gradient((h**2).at[2].set(jnp.nan), h, 2 * h + 3, noise=0.0)
+    found = [grad, info.secant, info.first_order, info.share]
+    np.testing.assert_allclose(found, [2.0, 2.0, 5.0, 1.0], rtol=1e-14)
+    # Noise as large as what there is to explain, (1.5^2 + 1.5^2): nothing is applied.
+    grad, info = hj.secant_gradient(h[:2] ** 2, h[:2], 2 * h[:2] + 3, noise=4.5**0.5)
+    assert (grad, info.share) == (5.0, 0.0)
+
+
+def test_half_precision_stays():
+    scores, h, g, truth = at(BIAS)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (h, g))
+    grad, _ = hj.secant_gradient(scores.astype(jnp.float32), *half)
+    assert {x.dtype for x in jax.tree.leaves(grad)} == {jnp.dtype(jnp.bfloat16)}
+    assert np.linalg.norm(vector(grad) - truth) < 0.1 * np.linalg.norm(BIAS)  # of 8 bits
+
+
 def test_float32_vmap_and_jit():
     scores, h, g, _ = at(BIAS, noise=0.1)
     small = jax.tree.map(lambda x: x.astype(jnp.float32), (scores, h, g))
@@ -175,6 +209,11 @@ def test_refusals():
         hj.secant_gradient(scores, h, {"a": g["a"]})
     with pytest.raises(ValueError, match="`size` must be an integer >= 2"):
         hj.secant(estimator(problems.ridge()), jax.random.key(0), size=1, width=0.1)
+    around = lambda width: hj.secant(pulled(), jax.random.key(0), size=8, width=width)
+    with pytest.raises(ValueError, match="`width` must be a finite number, >= 0; got -1"):
+        around(-1.0).init(jnp.zeros(()), jnp.zeros(2))
+    with pytest.raises(ValueError, match="`width` must be a number, or one per leaf"):
+        around({"a": 0.1}).init(jnp.zeros(()), jnp.zeros(2))
 
 
 # ---------------------------------------------------------------------------- an estimator
@@ -239,6 +278,32 @@ def test_in_a_tuner_types_stay_and_seeds_vmap(every):
     assert same == (every is None)
     spread = np.ptp(np.asarray(after.members.params), axis=0).max()
     assert spread < 1e-12 if every == 2 else spread > 1e-6  # the fourth estimate converged
+
+
+def pulled() -> hj.Estimator:
+    """Towards the split, with a carry that counts."""
+    return hj.Estimator(
+        lambda params, h: params,
+        lambda h, c, split: (hj.Estimate(((h - split) ** 2).sum(), 2 * (h - split) + 1, ()), c + 1),
+    )
+
+
+def test_in_a_shard_map():
+    # Hyperparameters of every device, and a carry that is the same on all to begin with.
+    around = hj.secant(pulled(), jax.random.key(0), size=6, width=0.1, every=1)
+
+    def go(h):
+        def step(carry, goal):
+            got, carry = around.estimate(h[0], carry, goal)
+            return carry, got.grad
+
+        return jax.lax.scan(step, around.init(jnp.zeros(()), h[0]), jnp.arange(3.0))[1][None]
+
+    starts = jnp.arange(16.0).reshape(8, 2)
+    lane = jax.sharding.PartitionSpec("lane")
+    spread = jax.shard_map(go, mesh=problems.mesh("lane"), in_specs=lane, out_specs=lane)
+    expected = 2 * (starts[:, None] - jnp.arange(3.0)[None, :, None])
+    np.testing.assert_allclose(jit(spread)(starts), expected, atol=1e-9)
 
 
 def test_replicas_that_diverge_go_on_from_others():

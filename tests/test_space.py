@@ -370,6 +370,18 @@ def test_points_of_the_unit_cube_in_batches_and_at_its_corners():
     assert jnp.all(jnp.isnan(space.ravel(space.from_unit(jnp.full(dim, jnp.nan)))))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_raw_values_go_back_to_the_points_they_came_from(dtype):
+    space = mixed()
+    points = jax.random.uniform(jax.random.key(0), (4, 2, len(space.names)), dtype, 1e-3, 1 - 1e-3)
+    found = space.to_unit(space.from_unit(points))
+    assert found.dtype == dtype
+    # the quantile at 0.999 loses the digits of 1 - 0.999
+    np.testing.assert_allclose(found, points, atol=8 * float(jnp.finfo(dtype).eps))
+    with pytest.raises(ValueError, match="to_unit: hyperparameters must have the structure"):
+        space.to_unit({"lr": jnp.zeros(())})
+
+
 def test_a_grid_is_the_middles_of_the_unit_cube():
     space = hj.space({"a": hj.loguniform(0.1, 1.0), "n": hj.integers(1, 12)})
     middles = (jnp.stack(jnp.meshgrid(*[jnp.arange(3)] * 2, indexing="ij"), -1) + 0.5) / 3

@@ -23,6 +23,7 @@ from .._space import Space
 from .._types import HParams, Key, PyTree
 
 _MARGIN = 1e-3  # of the logarithmic width of a range, kept from either end
+_SURPRISE = 100.0  # times the running variance is what a convergence adds to it at most
 
 
 class Settings(NamedTuple):
@@ -45,7 +46,7 @@ class Base(NamedTuple):
     raw: HParams  # the centre
     velocity: HParams  # mean signal, of the update's own unit
     assigned: HParams  # [P, ...], raw: what members were given last
-    variance: jax.Array  # running mean of that of the scores
+    variance: jax.Array  # running mean of that of the scores; 0 before there was any
 
 
 class Report(NamedTuple):
@@ -125,15 +126,25 @@ def _assign(settings: Settings, key: Key, raw: HParams, size: int) -> HParams:
 
 
 def _weights(settings: Settings, base: Base, scores):
-    """Softmax of the scores in units of their deviation, [P]."""
-    finite = jnp.isfinite(scores)
-    mean = _fan_out.masked_mean(finite, scores)
-    variance = _fan_out.masked_mean(finite, jnp.where(finite, scores - mean, 0) ** 2)
-    beta = jnp.where(base.calls == 0, 0, settings.momentum)
-    running = jnp.where(finite.any(), beta * base.variance + (1 - beta) * variance, base.variance)
+    """Softmax of the scores in units of their deviation [P], and the running variance.
+
+    One exploding loss would outweigh hundreds of others in its mean, and so is cut.
+    """
+    # Whose square has no place in the type is as bad as one that diverged.
+    finite = jnp.isfinite(4.0 * scores.shape[0] * scores**2)
+    scores = jnp.where(finite, scores, 0)
+    # As one of them and what the others differ, which is exact where all are equal.
+    one = scores[jnp.argmax(finite)]
+    centred = jnp.where(finite, scores - one - _fan_out.masked_mean(finite, scores - one), 0)
+    variance = _fan_out.masked_mean(finite, centred**2)
+    # Differences by rounding are neither signal nor scale.
+    tells = variance > (jnp.finfo(scores.dtype).eps * jnp.abs(scores).max()) ** 2
+    beta, last = settings.momentum, base.variance.astype(scores.dtype)
+    mixed = beta * last + (1 - beta) * jnp.minimum(variance, _SURPRISE * last)
+    running = jnp.where(tells, jnp.where(last > 0, mixed, variance), last)
     sigma = jnp.sqrt(running) if settings.sigma == "running" else jnp.asarray(settings.sigma)
-    sigma = jnp.maximum(sigma, jnp.finfo(scores.dtype).tiny)  # equal scores are no signal
-    logits = jnp.where(finite, (mean - jnp.where(finite, scores, 0)) / sigma, -jnp.inf)
+    sigma = jnp.maximum(jnp.where(tells, sigma, jnp.inf), jnp.finfo(scores.dtype).tiny)
+    logits = jnp.where(finite, -centred / sigma, -jnp.inf)
     weights = jax.nn.softmax(jnp.where(finite.any(), logits, 0))
     return weights, running
 

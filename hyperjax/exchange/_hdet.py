@@ -21,7 +21,11 @@ class HdetState(NamedTuple):
 
 
 class HdetEvents(NamedTuple):
-    """What one outer step did. The bases are a schedule: see `hyperjax.schedule`."""
+    """What one outer step did.
+
+    The bases are a schedule, see `hyperjax.schedule`, with the first one put in front, since each
+    is in force from the next step on.
+    """
 
     parents: jax.Array  # int32 [P]: whose state a slot holds but for params; its own if untouched
     diverged: jax.Array  # bool [P]: the score, or at a convergence the params, were not finite
@@ -81,8 +85,8 @@ def hdet(
       every: outer steps between convergences.
       gain, momentum: of the base.
       sigma: the difference of scores that counts. "running" is the standard deviation over members,
-        averaged with `momentum`, so that the scale of the loss does not matter; the paper fixes 0.1
-        and its code 0.002.
+        averaged with `momentum`, so that the scale of the loss does not matter (nor, for long, a
+        loss that explodes); the paper fixes 0.1 and its code 0.002.
       update: "log", or the "linear" of the paper, base <- base exp(-decay) + gain velocity with the
         signal in units of the value. There old velocity can push a shrinking base below zero; it
         is stopped at the end of its range, and `bounded` says so.
@@ -91,7 +95,9 @@ def hdet(
       warm_up: convergences before the base first moves.
       params: where members keep their params.
 
-    On a log scale base and members stay inside the range. Raises ValueError for numbers outside
+    On a log scale base and members stay inside the range. Members must all go on for as long: with
+    `steps` in the population's `init`, those that have finished would keep hyperparameters that the
+    controller takes for moved. Raises ValueError for numbers outside
     their ranges, or a width that the range cannot hold, TypeError for what is no Space.
     """
     conf = _controller.settings("hdet", space, width, gain, momentum, sigma, update, decay, warm_up)

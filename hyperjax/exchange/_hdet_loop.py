@@ -87,6 +87,11 @@ def hdet_loop(
         state: LoopState, params: Params, loss: jax.Array, axis_name: Hashable
     ) -> tuple[Params, LoopState, LoopEvents]:
         size = jax.tree.leaves(state.base.assigned)[0].shape[0]
+        if lax.axis_size(axis_name) != size:
+            raise ValueError(
+                f"hdet_loop: the state is for {size} devices, but axis {axis_name!r} has "
+                f"{lax.axis_size(axis_name)}; pass its size to `init`."
+            )
         sound = jnp.isfinite(loss) & _tree.all_finite(params)
         here = (jnp.arange(size) == lax.axis_index(axis_name)) & sound
         # A sum, rather than a gather, is the same on all devices by type as well.
@@ -107,6 +112,8 @@ def _average(params: Params, sound, count, axis_name) -> Params:
     """The mean over sound devices; NaN if there is none."""
 
     def one(x):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return lax.pmax(jnp.where(sound, x, jnp.zeros_like(x)), axis_name)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         total = lax.psum(jnp.where(sound, wide, 0), axis_name)
         return jnp.where(count > 0, total / count, jnp.nan).astype(x.dtype)
