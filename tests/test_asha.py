@@ -112,11 +112,13 @@ def test_one_that_diverges_is_never_promoted_and_frees_its_slot():
 def test_a_score_is_not_all_that_may_diverge():
     x, hparams = tiny.starts(SIZE)
     method = search.asha(tiny.doubted(float(hparams["rate"][1])), BUDGETS, slots=SLOTS, eta=ETA)
-    state, metrics = jit(method.step)(
-        method.init(x, hparams), jax.tree.map(lambda v: v[0], tiny.splits(1))
-    )
+    step, first = jit(method.step), jax.tree.map(lambda v: v[0], tiny.splits(1))
+    state, metrics = step(method.init(x, hparams), first)
     assert metrics.finished.tolist() == [False, True, False, False]
     assert np.isnan(state.scores[1, 0]) and state.slots[1] == SLOTS  # the next one's turn
+    # A half of those that ended may go on, but not where all have diverged.
+    state, _ = step(method.init(x * np.nan, hparams), first)
+    np.testing.assert_array_equal(state.slots, SLOTS + np.arange(SLOTS))
 
 
 def test_the_leader_is_the_best_at_the_highest_rung():

@@ -127,15 +127,19 @@ def test_small_rungs_are_topped_up_from_all_subpopulations():
         if SEARCH.rounds[turn % rounds].members == 1
     ]
     assert len(singles) == 6
-    explained = 0
+    explained = foreign = 0
     for state, child in singles:
         pool = np.concatenate([p.points for p in state.pools])
         # For each coordinate, is it a + F (b - c) of some three rows? All of them, or redrawn.
         grid = pool[:, None, None] + FACTOR * (pool[None, :, None] - pool[None, None, :])
         near = np.isclose(grid, child, rtol=0, atol=1e-14)
         parent = state.pools[2].points[state.pools[2].parent]
+        best = state.pools[1].points[np.argmin(state.pools[1].scores)]
+        foreign += ((child != best) & (child != parent)).any()
         explained += (near.all(-1).any() | (near | (child == parent)).all(-1).any()).item()
     assert explained >= 3
+    # Two rows drawn may be the same point, and then the mutant is a third: not often.
+    assert foreign >= 4
 
 
 def test_a_child_takes_its_parents_place_unless_it_is_worse():

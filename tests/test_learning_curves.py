@@ -2,6 +2,7 @@
 
 import functools
 from statistics import NormalDist
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +159,8 @@ def test_bad_input_is_refused():
         search.fit_curves(curves, traits, penalties=(0,))
     with pytest.raises(ValueError, match=r"`curve` must be \[..., 6\] and `traits` \[..., 2\]"):
         search.predict_curve(fitted(), curves[:, :3], traits, 3)
-    for wrong in (7, 0, np.int64(7), jnp.int32(0), 2.5):
+    wrongs: Any = (7, 0, np.int64(7), jnp.int32(0), 2.5)
+    for wrong in wrongs:
         with pytest.raises(
             ValueError, match=f"`known` must be an integer from 1 to 6; got {wrong}"
         ):

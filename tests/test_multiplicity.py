@@ -1,5 +1,7 @@
 """Predictive multiplicity: by hand, its inequalities, and against the convex optimum it bounds."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,8 +69,10 @@ def test_diverged_members_do_not_count(rng):
     none = protocol.multiplicity(losses * jnp.nan, p, epsilon=2.0, delta=0.2)
     assert not none.members.any()
     assert all(np.isnan(x).all() for x in none[2:])
-    # compared with a member that diverged: nothing can be said
-    assert np.isnan(protocol.multiplicity(losses, p, epsilon=2, delta=0.2, reference=4).ambiguity)
+    # Compared with a member that diverged, in its loss or in a prediction: nothing can be said.
+    for spoilt in (4, 5):
+        got = protocol.multiplicity(losses, p, epsilon=2, delta=0.2, reference=spoilt)
+        assert np.isnan(got.ambiguity)
 
 
 def test_a_reference_of_ones_own(rng):
@@ -116,7 +120,8 @@ def test_types_and_refusals(rng):
         protocol.multiplicity(jnp.ones(3), p[0], epsilon=1, delta=0.1)
     with pytest.raises(ValueError, match="one entry per member; got 4 and 3"):
         protocol.multiplicity(jnp.ones(4), p, epsilon=1, delta=0.1)
-    for wrong in (3, -1, 0.5, jnp.int32(3)):
+    wrongs: Any = (3, -1, 0.5, jnp.int32(3))
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=f"row of a member, from 0 to 2; got {wrong}"):
             protocol.multiplicity(jnp.ones(3), p, epsilon=1, delta=0.1, reference=wrong)
     with pytest.raises(ValueError, match="`delta` must be a finite number, positive"):

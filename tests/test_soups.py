@@ -81,6 +81,9 @@ def test_nobody_left_is_not_a_model():
         assert all(np.isnan(x).all() for x in jax.tree.leaves(soup.params))
         assert soup.excluded.all()
         assert not soup.weights.any()
+    learnt = merge.learned(members, lambda p, t, batch: t * smooth(p), jnp.zeros(1)).params
+    for params in (merge.mix(members, jnp.zeros(6)), learnt):
+        assert all(np.isnan(x).all() for x in jax.tree.leaves(params))
 
 
 # ------------------------------------------------------------------------------- greedy
