@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from problems import error, jit
 
 import hyperjax as hj
+from hyperjax import _fan_out
 
 SIZE = 8
 SPACE = hj.space({"lr": hj.loguniform(1e-6, 10.0), "drop": hj.uniform(0.0, 0.9)})
@@ -93,6 +94,18 @@ def test_spread_is_symmetric_even_and_permuted_anew():
     assert abs(np.mean(lr * drop) / np.std(lr) / np.std(drop)) < 5 / math.sqrt(7 * 39)
 
 
+def test_every_scalar_of_a_leaf_has_an_order_of_its_own():
+    columns = _fan_out.offsets(jax.random.key(0), SIZE, jnp.zeros((2, 3))).reshape(SIZE, 6)
+    assert len({tuple(np.argsort(c)) for c in columns.T}) == 6  # of 8! orders
+
+
+def test_equal_scores_say_nothing_whatever_the_spread():
+    # That of the caller is not even around the base.
+    rates = SPACE.unconstrain({"lr": 3.0 ** -jnp.arange(SIZE), "drop": jnp.full(SIZE, 0.3)})
+    seen = play(hj.exchange.hdet(SPACE), flat, 1, group(hparams=rates))
+    np.testing.assert_allclose(seen.events.signal["lr"], 0, atol=1e-12)
+
+
 def test_a_width_of_zero_keeps_a_hyperparameter_bit_for_bit():
     rule = hj.exchange.hdet(SPACE, width={"lr": 0.5, "drop": 0.0}, gain=2.0, sigma=1.0)
     seen = play(rule, larger, 5)
@@ -162,12 +175,15 @@ def test_running_sigma_does_not_feel_the_scale_of_the_loss():
 
 
 def test_one_exploding_loss_does_not_silence_the_controller():
-    # The square of the second has no place in float64. In a plain mean of variances the first
-    # would drown all others for 400 convergences.
+    # In a plain mean of variances the first would drown all others for 400 convergences. The
+    # second, whose square has no place in float64, comes before there is a scale as well.
     rule = hj.exchange.hdet(SPACE, width=0.5)
     rise = {}
     for spike in (1.0, 1e10, 1e200):
-        hit = lambda i, spike=spike: jnp.where((i == 3) & (jnp.arange(SIZE) == 2), spike, 1.0)
+        when = jnp.asarray([3, 3 if spike < 1e100 else 1])
+        hit = lambda i, spike=spike, when=when: jnp.where(
+            (i == when).any() & (jnp.arange(SIZE) == 2), spike, 1.0
+        )
         seen = play(rule, lambda h, i, hit=hit: hit(i) * (jnp.log(h["lr"]) + 2) ** 2, 30)
         rates = seen.events.base["lr"]
         rise[spike] = np.log(rates[-1] / rates[3])

@@ -88,6 +88,9 @@ def test_the_share_is_that_of_the_f_statistic():
     np.testing.assert_allclose(info.noise, np.sqrt(variance), rtol=1e-10)
     np.testing.assert_allclose(info.share, max(0, 1 - 1 / f), rtol=1e-9)
     assert 0 < info.share < 1
+    # Known noise at which F is 2 / 3: nothing, and never less than nothing.
+    known = np.sqrt(((d @ slope[:DIM]) ** 2).sum() / 2)
+    assert hj.secant_gradient(scores, h, g, noise=known)[1].share == 0
     expected = own.mean(0) + info.share * slope[:DIM]
     np.testing.assert_allclose(vector(grad), expected, rtol=1e-9)
 

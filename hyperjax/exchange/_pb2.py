@@ -1,7 +1,6 @@
 """PB2: new hyperparameters by a time-varying Gaussian-process bandit (Parker-Holder, Nguyen and
 Roberts 2020, arXiv 2002.02518)."""
 
-import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -11,8 +10,9 @@ from jax import lax
 from .. import _checks, _tree
 from .. import _gaussian_process as gp
 from .._space import Space
-from .._types import Exchange, HParams, Key, PyTree
-from ._replace import random_finite, rank
+from .._types import Exchange, Key, PyTree
+from ._replace import Clock, when_due
+from ._truncation import select
 
 # log variance, log length, epsilon, log noise of the process, and their bounds
 START = (0.0, 0.0, 0.1, -1.0)
@@ -97,7 +97,7 @@ def pb2(
     _checks.one_of("pb2", "spread", spread, ("variance", "deviation"))
 
     def init(members: PyTree) -> PB2State:
-        points = to_unit(space, members.hparams)
+        points = space.to_unit(members.hparams)
         size, dims = points.shape
         nan = lambda *shape: jnp.full(shape, jnp.nan, points.dtype)
         start = jnp.asarray(START, points.dtype)
@@ -112,10 +112,12 @@ def pb2(
     def apply(key: Key, state: PB2State, members: PyTree, score: jax.Array):
         finite = jnp.isfinite(score)
         now, due = state.calls + 1, (state.calls + 1) % every == 0
-        select, choose = jax.random.split(key)
-        parents = _parents(select, score, fraction, due)
+        which, choose = jax.random.split(key)
+        best, reseed = jax.random.split(which)
+        parents = select(best, reseed, score, fraction)
+        parents = when_due(Clock(state.calls), every, score, parents)
         moved = parents != jnp.arange(score.shape[0])
-        points = to_unit(space, members.hparams)
+        points = space.to_unit(members.hparams)
         at, level = now.astype(points.dtype), score.astype(points.dtype)
         state = _tree.where(due, _record(state, points, level, at), state)
         begins = level[parents]
@@ -137,34 +139,6 @@ def pb2(
         return members, state, PB2Events(parents, ~finite, kernel)
 
     return Exchange(init, apply)
-
-
-def to_unit(space: Space, hparams: HParams) -> jax.Array:
-    """Raw hyperparameters [P, ...] as points of the unit cube [P, D]: `from_unit` by bisection."""
-    raw = space.ravel(hparams)
-    raw = raw.astype(jnp.result_type(raw, float))
-    halves = jnp.finfo(raw.dtype).nmant + 1
-
-    def halve(i, low):
-        middle = low + 0.5 ** (i + 1.0)
-        below = space.ravel(space.from_unit(middle)) <= raw
-        return jnp.where(below, middle, low).astype(raw.dtype)
-
-    low = lax.fori_loop(0, halves, halve, _tree.vary_like(jnp.zeros_like(raw), raw))
-    return low + 0.5 ** (halves + 1.0)
-
-
-def _parents(key: Key, score: jax.Array, fraction: float, due: jax.Array) -> jax.Array:
-    """As `truncation`: who copies whom."""
-    size = score.shape[0]
-    count = math.floor(fraction * size + 1e-6)
-    choose, reseed = jax.random.split(key)
-    ranks, finite = rank(score), jnp.isfinite(score)
-    own = jnp.arange(size, dtype=jnp.int32)
-    best = jnp.argsort(ranks)[jax.random.randint(choose, (size,), 0, max(count, 1))]
-    parents = jnp.where(ranks >= size - count, best.astype(jnp.int32), own)
-    parents = jnp.where(finite, parents, random_finite(reseed, score, (size,)))
-    return jnp.where((due | ~finite) & finite[parents], parents, own)
 
 
 def _record(state: PB2State, points: jax.Array, score: jax.Array, now: jax.Array) -> PB2State:
