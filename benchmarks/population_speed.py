@@ -97,8 +97,10 @@ def contest(name: str, model: Model, replicas: int, steps: int, repeats: int, pe
     batches = model.batches(steps)
     for label, make in contenders(name).items():
         try:
-            calls[label], facts[label] = make(model, replicas, batches)
-        except (jax.errors.JaxRuntimeError, MemoryError) as error:  # a full device, on purpose
+            call, facts[label] = make(model, replicas, batches)
+            jax.block_until_ready(call())  # memory may run out only now
+            calls[label] = call
+        except (RuntimeError, MemoryError) as error:  # JAX's or torch's: a full device, on purpose
             facts[label] = {"failed": str(error).splitlines()[0][:200]}
     times = _measure.median_times(calls, repeats)
     flops, size = cost(model, batches)
