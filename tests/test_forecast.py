@@ -125,18 +125,21 @@ def test_a_run_that_does_not_fit_is_refused_before_it_begins(monkeypatch, tmp_pa
     mesh = jax.make_mesh((4,), ("member",), (AxisType.Auto,), devices=jax.devices()[:4])
 
     def refused(memory, mesh, message):
-        monkeypatch.setattr(_memory, "device_memory", lambda sharing: memory * sharing)
+        monkeypatch.setattr(_tune, "device_memory", lambda mesh: memory)
         with pytest.raises(AppError, match=message):
             _tune.tune(folder, settings, names["ridge"], mesh, silent(), Stop())
 
     refused(1000, None, r"^300 members in .* 2 studies take 2\.1 KiB .*are --members 128\. Fewer")
     assert len(compiled) <= 5
-    refused(251, mesh, "the most that fit are --members 128")  # a multiple of four
+    refused(2199, None, "are --members 299")
+    with pytest.raises(pytest.fail.Exception, match="it ran"):
+        refused(2200, None, "refused")
+    refused(1004, mesh, "the most that fit are --members 128")  # a multiple of four
     refused(105, None, "not even 1 fit")
     assert not (folder / "metrics.jsonl").exists()
 
 
 def test_devices_of_a_machine_share_its_memory():
-    whole = _memory.device_memory(1)
+    whole = _memory.device_memory(None)
     assert 2**20 < whole < 2**50
-    assert _memory.device_memory(4) == whole // 4
+    assert _memory.device_memory(jax.make_mesh((4,), ("member",))) == whole // 4

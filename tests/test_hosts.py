@@ -19,7 +19,8 @@ from cli_runs import TINY, Result, environment, outcome, read_json, read_lines
 from hyperjax.app import _cli, _hosts, main
 from hyperjax.app._errors import AppError
 
-TUNE = ("tune", "own.tasks:ridge", *TINY, "--set", "baselines=replay,random", "--out")
+TUNE = ("tune", "own.tasks:ridge", *TINY, "--set", "baselines=replay,random")
+TUNE += ("--set", "devices=4", "--out")  # fewer will do to resume
 PATIENCE = 900  # seconds: far more than any of these takes, even on a machine at its limit
 ABORTED = -signal.SIGABRT
 
@@ -220,6 +221,15 @@ def test_processes_that_differ(monkeypatch, tmp_path):
         _hosts.check_same("settings", "members: 4")
     with pytest.raises(AppError, match="processes need a file system they share"):
         _hosts.check_shared(tmp_path / "config.yaml")
+
+
+def test_the_least_of_all_processes_counts(monkeypatch):
+    assert _hosts.least(2**40 + 1) == 2**40 + 1
+    monkeypatch.setattr(_hosts, "several", lambda: True)
+    gather = lambda value: np.asarray([value, 3000], np.int32)
+    monkeypatch.setattr(_hosts.multihost_utils, "process_allgather", gather)
+    assert _hosts.least(2**50) == 3000 * 2**20
+    assert _hosts.least(2**30) == 2**30
 
 
 def test_only_process_0_fails(monkeypatch):

@@ -102,8 +102,10 @@ def _tune(args: argparse.Namespace, out: Output) -> int:
 
 def _resume(args: argparse.Namespace, out: Output) -> int:
     from ._folder import changes, open_run
+    from ._study import for_devices_here
 
     folder, settings = open_run(args.folder)
+    settings = for_devices_here(settings)
     if changed := changes(folder):
         out.warn(f"the last bits may differ from an uninterrupted run: {changed}")
     return _carry_on(folder, settings, out)

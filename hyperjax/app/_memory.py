@@ -17,13 +17,14 @@ from ._program import Program, compile_program
 from ._settings import Settings
 
 
-def check_fits(program: Program, task: Task, settings: Settings, mesh: Mesh | None) -> None:
+def check_fits(
+    program: Program, memory: int, task: Task, settings: Settings, mesh: Mesh | None
+) -> None:
     """Raise AppError, with the most members that fit, unless these do.
 
     Every number of members that is looked at costs a compilation; the first was there already.
     """
     devices = 1 if mesh is None else mesh.size
-    memory = _hosts.least(device_memory(devices // jax.process_count()))
     over = program.forecast
     if over is None or over.total_bytes <= memory:
         return
@@ -43,12 +44,13 @@ def check_fits(program: Program, task: Task, settings: Settings, mesh: Mesh | No
     )
 
 
-def device_memory(sharing: int) -> int:
-    """Bytes for each of so many devices of this process; as good as endless where nobody knows."""
+def device_memory(mesh: Mesh | None) -> int:
+    """Bytes for a device of the mesh, on the host that has least; endless where nobody knows."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
-        return (device.memory_stats() or {}).get("bytes_limit", _ENDLESS)
-    return _host_memory() // max(sharing, 1)
+        return _hosts.least((device.memory_stats() or {}).get("bytes_limit", _ENDLESS))
+    sharing = 1 if mesh is None else mesh.size // jax.process_count()
+    return _hosts.least(_host_memory() // sharing)
 
 
 _ENDLESS = 2**50

@@ -5,6 +5,7 @@ on where it was and ends with the same numbers.
 """
 
 import importlib.util
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -77,6 +78,14 @@ def load_task(settings: Settings) -> Task:
         return get(settings.task, data_dir=settings.data_dir or None)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise AppError(str(error)) from error
+
+
+def for_devices_here(settings: Settings) -> Settings:
+    """The same, but for a number of devices that cannot be had here: then all that fit."""
+    devices = settings.devices
+    if devices > len(jax.devices()) or devices % jax.process_count():
+        return replace(settings, devices=0)
+    return settings
 
 
 def members_mesh(settings: Settings) -> Mesh | None:

@@ -13,7 +13,7 @@ from . import _hosts
 from ._checkpoint import Checkpoints
 from ._folder import Folder
 from ._grid import quantity
-from ._memory import check_fits
+from ._memory import check_fits, device_memory
 from ._methods import Method, make_method
 from ._output import Output
 from ._program import History, Program, Progress, chunks, compile_program, empty_history
@@ -37,8 +37,9 @@ def tune(
     with Checkpoints(folder / "checkpoints") as checkpoints:
         done = checkpoints.latest or 0
         out.line(_headline(settings, task, mesh))
+        memory = device_memory(mesh)  # asks all hosts, while they are at the same place
         program = compile_program(task, method, settings, mesh)
-        check_fits(program, task, settings, mesh)
+        check_fits(program, memory, task, settings, mesh)
         need = program.forecast
         takes = f"; takes {quantity(need.total_bytes)} on each device" if need else ""
         out.line(f"compiled in {program.compile_seconds:.1f} s{takes}")
