@@ -100,7 +100,7 @@ def study(seed, **options):
 def test_optuna_is_told_every_score_with_its_point():
     search = hj.search.from_optuna(study, ["a", "b"], batch=3)
     table = np.random.default_rng(0).normal(size=(4, 3))
-    table[1, 1] = np.nan
+    table[1, 1], table[2, 0] = np.nan, -np.inf
     points, state = by_hand(search, 0, table)
     trials = state.study.trials
     assert [t.state.name for t in trials] == ["COMPLETE"] * 12
