@@ -166,11 +166,16 @@ def test_nothing_is_moved_between_exchanges(name):
 
     make = {"truncation": functools.partial(hj.exchange.truncation, 0.25)}
     rule = make.get(name, hj.exchange.tournament)(told, every=3)
-    group, apply = members(8), jit(rule.apply)
-    state, seen = rule.init(group), []
+    # Two populations in a vmap, of which one has a diverged member at last.
+    two = lambda tree: jax.tree.map(lambda x: jnp.stack([x, x]), tree)
+    group, apply = two(members(8)), jit(jax.vmap(rule.apply))
+    state, seen = two(rule.init(members(8))), []
     for step in range(4):
-        score = scores(8).at[1].set(np.nan if step == 3 else 0.0)
-        group, state, _ = apply(jax.random.key(step), state, group, score)
+        score = jnp.stack([scores(8), scores(8, 1).at[1].set(np.nan if step == 3 else 0.0)])
+        keys = jax.random.split(jax.random.key(step), 2)
+        before, (group, state, events) = group, apply(keys, state, group, score)
+        for i in range(2):
+            check_truthful(row(before, i), *jax.tree.map(np.asarray, row((group, events), i)))
         jax.effects_barrier()
         seen.append(bool(calls))
         calls.clear()

@@ -60,7 +60,19 @@ def replace(key: Key, members: PyTree, parents: jax.Array, explore: Explore, eve
     if every == 1:  # somebody is always replaced, and a branch would cost one more copy
         return copies(members)
     members = _tree.vary_like(members, (key, parents))  # as copies do
-    return lax.cond(moved.any(), copies, lambda members: members, members)
+    return lax.cond(_anybody(moved), copies, lambda members: members, members)
+
+
+@jax.custom_batching.custom_vmap
+def _anybody(moved: jax.Array) -> jax.Array:
+    """Whether anybody is replaced, in any population of a vmap: so a branch remains a branch."""
+    return moved.any()
+
+
+@_anybody.def_vmap
+def _in_any_population(axis_size, in_batched, moved):
+    del axis_size, in_batched
+    return _anybody(moved.any(0)), False
 
 
 def when_due(state: Clock, every: int, score: jax.Array, parents: jax.Array) -> jax.Array:
