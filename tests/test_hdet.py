@@ -584,6 +584,26 @@ def test_seeds_vmap_and_types_stay():
     assert kind(after) == kind(members)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_inside_shard_map(every):
+    # A population on every device; their scores differ, weights before that do not.
+    rule = hj.exchange.hdet(SPACE, width=0.3, every=every)
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=(8, SIZE))).at[3, 2].set(jnp.nan)
+
+    def twice(score):
+        members, state = group(), rule.init(group())
+        for i in range(2):
+            members, state, _ = rule.apply(jax.random.key(i), state, members, score[0])
+        return jax.tree.map(lambda x: x[None], members)
+
+    lane = PartitionSpec("lane")
+    spread = jax.shard_map(twice, mesh=problems.mesh("lane"), in_specs=lane, out_specs=lane)
+    found, alone = jit(spread)(scores), jit(twice)
+    for i in (0, 3):
+        one = alone(scores[i : i + 1])
+        assert error(jax.tree.map(lambda x, i=i: np.asarray(x)[i : i + 1], found), one) < 1e-14
+
+
 def test_training_loss_is_the_mean_before_each_step():
     params, (x, y) = stream(6, 4)
     training = hj.inner(loss, lambda h: optax.sgd(h["lr"]))

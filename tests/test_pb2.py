@@ -188,9 +188,10 @@ def test_all_diverged_or_alone_nobody_moves(rng):
         np.testing.assert_array_equal(unit(after), unit(group))
 
 
-def test_types_stay_in_single_precision_and_in_a_scan(rng):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_types_stay_in_lower_precision_and_in_a_scan(rng, dtype):
     group = members(rng.uniform(0.1, 0.9, (4, 2)))
-    group = jax.tree.map(lambda x: x.astype(jnp.float32), group.hparams)
+    group = jax.tree.map(lambda x: x.astype(dtype), group.hparams)
     group = Member(group, jnp.arange(4))
     exchange = rule(window=6, spread="deviation")
     state = exchange.init(group)
@@ -199,6 +200,22 @@ def test_types_stay_in_single_precision_and_in_a_scan(rng):
     assert kind(shapes[1]) == kind(state)
     assert kind(shapes[0]) == kind(group)
     assert state.change.dtype == jnp.float32
+
+
+def test_inside_shard_map_members_may_be_the_same_on_all_devices():
+    # Of types alone: the scores differ between the devices, at first nothing else does.
+    exchange = rule(every=2)
+
+    def twice(score):
+        group = members(jnp.full((8, 2), 0.5))
+        state = exchange.init(group)
+        for i in range(2):
+            group, state, _ = exchange.apply(jax.random.key(i), state, group, score[0])
+        return group.name[None]
+
+    spec, mesh = PartitionSpec("x"), Mesh(np.asarray(jax.devices()[:2]), ("x",))
+    spread = jax.shard_map(twice, mesh=mesh, in_specs=spec, out_specs=spec)
+    assert jax.eval_shape(spread, jnp.zeros((2, 8))).shape == (2, 8)
 
 
 def test_inside_shard_map_and_under_vmap(rng):

@@ -110,11 +110,15 @@ def hdet(
         return HdetState(jnp.zeros((), jnp.int32), total, _controller.begin(conf, members.hparams))
 
     def apply(key, state, members, score):
+        # Inside shard_map all varies as the whole does, in either branch.
+        like = key, state, members, score
+        _, state, members, score = _tree.vary_like(like, like)
         total = state.total + score.astype(state.total.dtype)
         calls = state.calls + 1
         mean = total / calls
-        waiting = lambda: _wait(conf, HdetState(calls, total, state.base), members, mean)
-        due = lambda: _converge(conf, params, key, state.base, members, mean)
+        wait = lambda: _wait(conf, HdetState(calls, total, state.base), members, mean)
+        converge = lambda: _converge(conf, params, key, state.base, members, mean)
+        waiting, due = (lambda f=f: _tree.vary_like(f(), like) for f in (wait, converge))
         return due() if every == 1 else lax.cond(calls == every, due, waiting)
 
     return Exchange(init, apply)

@@ -96,8 +96,13 @@ def pb2(
     _checks.positive_int("pb2", "window", window)
     _checks.one_of("pb2", "spread", spread, ("variance", "deviation"))
 
+    def unit(members: PyTree) -> jax.Array:
+        # There is no Cholesky factorization in less than single precision.
+        wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return space.to_unit(jax.tree.map(wide, members.hparams))
+
     def init(members: PyTree) -> PB2State:
-        points = space.to_unit(members.hparams)
+        points = unit(members)
         size, dims = points.shape
         nan = lambda *shape: jnp.full(shape, jnp.nan, points.dtype)
         start = jnp.asarray(START, points.dtype)
@@ -110,6 +115,9 @@ def pb2(
         return _tree.vary_like(state, points)
 
     def apply(key: Key, state: PB2State, members: PyTree, score: jax.Array):
+        # Inside shard_map all varies as the whole does, in either branch.
+        like = key, state, members, score
+        _, state, members, score = _tree.vary_like(like, like)
         finite = jnp.isfinite(score)
         now, due = state.calls + 1, (state.calls + 1) % every == 0
         which, choose = jax.random.split(key)
@@ -117,7 +125,7 @@ def pb2(
         parents = select(best, reseed, score, fraction)
         parents = when_due(Clock(state.calls), every, score, parents)
         moved = parents != jnp.arange(score.shape[0])
-        points = space.to_unit(members.hparams)
+        points = unit(members)
         at, level = now.astype(points.dtype), score.astype(points.dtype)
         state = _tree.where(due, _record(state, points, level, at), state)
         begins = level[parents]
@@ -126,7 +134,9 @@ def pb2(
             lambda: _choose(choose, state, points[parents], moved, begins, at + every, spread),
             lambda: (points, state.kernel),
         )
-        members = _tree.take(members, parents)
+        copied = lambda: _tree.take(members, parents)
+        # Between exchanges nothing is moved, unless a member diverged.
+        members = copied() if every == 1 else lax.cond(moved.any(), copied, lambda: members)
         chosen = _tree.cast_like(space.from_unit(points), members.hparams)
         members = members._replace(hparams=_tree.where(moved, chosen, members.hparams))
         fresh = due | moved  # a new interval begins
