@@ -252,8 +252,9 @@ def advise(advisor, *, rounds, batch=1, **options):
 
 def test_the_advisor_is_asked_every_third_time_after_ten():
     turns = []
-    inside, state = advise(lambda facts: turns.append(len(facts["recent"])), rounds=32)
-    assert turns == [10, 13, 16, 19, 20, 20, 20, 20]  # the latest twenty at most
+    inside, state = advise(lambda facts: turns.append(facts["recent"]), rounds=32)
+    assert [len(rows) for rows in turns] == [10, 13, 16, 19, 20, 20, 20, 20]  # twenty at most,
+    assert [rows[-1][1] for rows in turns] == [9, 12, 15, 18, 21, 24, 27, 30]  # the latest
     assert state.overridden == 0 and len(inside.told) == 32
 
 
