@@ -38,6 +38,8 @@ def start(*arguments: str, log: Path, processes: int) -> list[subprocess.Popen]:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
+    # XLA has as many threads as cores, or devices if these are more, and cuts sums by threads.
+    environment["NPROC"] = str(max(DEVICES, os.cpu_count() or 1))
     started = []
     for process in range(processes):
         told = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes)]
