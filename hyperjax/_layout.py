@@ -137,10 +137,10 @@ def step_members(
     axes = (0, 0 if own else None)
 
     def local(members, split):
-        if layout.chunk * layout.devices >= layout.members:
-            return jax.vmap(step, in_axes=axes)(members, split)
         # One by one without a vmap, which would turn every product into a batched one.
         size = None if layout.chunk == 1 else layout.chunk
+        if size and layout.chunk * layout.devices >= layout.members:
+            return jax.vmap(step, in_axes=axes)(members, split)
         if own:
             return lax.map(lambda pair: step(*pair), (members, split), batch_size=size)
         return lax.map(lambda member: step(member, split), members, batch_size=size)

@@ -57,6 +57,19 @@ def row(tree, i):
     return jax.tree.map(lambda x: x[i], tree)
 
 
+@pytest.mark.parametrize(("size", "chunk"), [(1, 1), (3, 1), (1, "auto"), (2, 2)])
+def test_a_member_alone_has_products_of_its_own(size, chunk):
+    """A vmap of one would make of every product one in batches, which is slower."""
+    value = lambda h, weights: jnp.sum((weights @ weights - h) ** 2)
+    estimate = lambda h, weights, split: (hj.Estimate(value(h, weights), h, ()), weights)
+    tuner = hj.tune(hj.Estimator(lambda params, h: params, estimate), optax.sgd(0.1))
+    pop = hj.population(tuner, ALONE, chunk=chunk)
+    state = pop.init(jax.random.key(0), jnp.ones((size, 3, 3)), jnp.ones(size))
+    text = jit(pop.step).lower(state, hj.Split((), ())).as_text()
+    assert "dot_general" in text
+    assert ("batching_dims" in text) == (chunk == 2)
+
+
 # ------------------------------------------------------------------------------ devices
 
 
