@@ -25,6 +25,8 @@ class Case(NamedTuple):
     make: Callable[..., tuple]  # (key, shape, dtype) -> arrays
     run: Callable[..., Any]  # (implementation, *arrays) -> arrays
     traffic: Callable[..., Traffic]  # of (shape, dtype)
+    # (key, shape, dtype) -> a function and its arrays, whose time the op's is held against
+    bar: Callable[..., tuple[Callable, tuple]] | None = None
 
 
 def choose(
