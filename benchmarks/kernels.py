@@ -1,0 +1,241 @@
+"""What the machine can do, what each op of `hyperjax.kernels` needs, and what it takes.
+
+    python benchmarks/kernels.py            # some minutes on two cores, or on a GPU
+    python benchmarks/kernels.py gated_dense vector_update --dtypes float32 --repeats 3
+
+First the ceilings: bandwidth by copying (each byte read once and written once), and the peak of one
+square product, in each dtype at JAX's default precision. They are the best of several sizes.
+
+Then the ops. An op's floor is the longer of its bytes at that bandwidth and its operations at that
+peak, where each array is read once and each result written once; arrays that stay in a cache can be
+faster than it. "xla" is the op's reference under jit, "kernel" the compiled kernel, and the share
+is that of the floor in their time. On CPU there is no kernel: `auto` is XLA, and the command is
+the table of what XLA leaves. On an accelerator shapes that are too large for tests are run as well,
+and every kernel has to agree with the reference, after the memory that its results may lie in was
+filled with NaN.
+
+Last, the products of a population with one input, [rows, in] by [members, in, out]: XLA's share of
+the peak decides whether they get a kernel, which is below 80 % on an accelerator at 8 to 1,024
+members and widths of 32 to 512.
+
+A program is repeated within one loop on the device, so that no launch from Python is measured.
+Targets, on an H200: fused optimizer steps at 85 % of the bandwidth of a copy from 2^26 entries on
+and faster than XLA everywhere; gated dense at most 1.1 times one product of twice the width.
+"""
+
+import argparse
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from _measure import by_default, median_times, record
+from jax import lax
+
+from hyperjax import kernels
+from hyperjax.kernels._op import Case, Traffic
+
+CPU = jax.default_backend() == "cpu"
+# Bytes of a copy and sides of a product: beyond any cache, and large enough for a chip to fill.
+COPIES = (2**26, 2**28) if CPU else (2**28, 2**30, 2**32)
+SIDES = (1024, 2048) if CPU else (4096, 8192, 16384)
+BUSY = 0.01  # seconds of one loop, about
+MEMBERS = (8, 64) if CPU else (8, 64, 256, 1024)
+WIDTHS = (32, 128, 512)
+ROWS = 128
+ENOUGH = 0.8  # of the peak: what XLA's batched product has to reach
+
+
+def repeated(function: Callable, arrays: tuple, times: int) -> Callable[[], Any]:
+    """A compiled call of so many runs of a function, none of which can be left out or merged.
+
+    Each run waits for the results of the one before, by a barrier that nothing is moved across.
+    """
+    shapes = jax.eval_shape(function, *arrays)
+
+    def loop(arrays):
+        def body(_, carry):
+            arrays, results = lax.optimization_barrier(carry)
+            del results
+            return arrays, function(*arrays)
+
+        empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return lax.fori_loop(0, times, body, (arrays, empty))[1]
+
+    program = jax.jit(loop).lower(arrays).compile()
+    return lambda: program(arrays)
+
+
+def seconds(programs: dict[str, tuple[Callable, tuple]], repeats: int) -> dict[str, float]:
+    """Seconds of one run of each, by turns."""
+    calls, times = {}, {}
+    for name, (function, arrays) in programs.items():
+        once = repeated(function, arrays, 1)
+        guess = median_times({name: once}, 1)[name]["wall_s"]
+        times[name] = max(1, min(1000, round(BUSY / guess)))
+        calls[name] = once if times[name] == 1 else repeated(function, arrays, times[name])
+    walls = median_times(calls, repeats)
+    return {name: wall["wall_s"] / times[name] for name, wall in walls.items()}
+
+
+def ceilings(dtypes: list[str], repeats: int) -> dict[str, Any]:
+    copies, products = {}, {}
+    for size in COPIES:
+        x = jnp.ones(size // 4, jnp.float32)
+        taken = seconds({"copy": (jnp.negative, (x,))}, repeats)["copy"]
+        copies[size] = 2 * size / taken
+    for dtype in dtypes:
+        for side in SIDES:
+            x = jax.random.normal(jax.random.key(0), (side, side)).astype(dtype)
+            taken = seconds({"product": (jnp.matmul, (x, x))}, repeats)
+            products[dtype, side] = 2 * side**3 / taken["product"]
+    return {
+        "bytes_per_s": max(copies.values()),
+        "copies": copies,
+        "operations_per_s": {d: max(products[d, s] for s in SIDES) for d in dtypes},
+        "products": {f"{d} {s}": rate for (d, s), rate in products.items()},
+    }
+
+
+def cases(wanted: list[str]) -> Iterator[tuple[str, str, Case, dict]]:
+    """Op, variant, case and shapes of every module in `hyperjax.kernels` that has cases."""
+    for found in pkgutil.iter_modules(kernels.__path__):
+        op = found.name.removeprefix("_").removesuffix("_cases")
+        module = importlib.import_module(f"{kernels.__name__}.{found.name}")
+        if hasattr(module, "CASES") and (not wanted or op in wanted):
+            shapes = module.SHAPES if CPU else {**module.SHAPES, **module.LARGE}
+            for variant, case in module.CASES.items():
+                yield op, variant, case, shapes
+
+
+def floor_of(traffic: Traffic, dtype: str, ceiling: dict) -> float:
+    return max(
+        traffic.bytes / ceiling["bytes_per_s"],
+        traffic.operations / ceiling["operations_per_s"][dtype],
+    )
+
+
+def disagreement(case: Case, arrays: tuple) -> float:
+    """|kernel - reference| / |reference|, the largest over results, from poisoned memory."""
+    expected = jax.jit(lambda *a: case.run("xla", *a))(*arrays)
+    spoilt = jax.tree.map(lambda y: jnp.full_like(y, jnp.nan), (expected, expected))
+    jax.block_until_ready(spoilt)
+    del spoilt
+    got = jax.jit(lambda *a: case.run("pallas", *a))(*arrays)
+
+    def distance(a, b):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-30)
+
+    # NaN, unlike a number, is the largest for this `max`.
+    return float(jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(distance, got, expected)))))
+
+
+def measure(case: Case, shape: tuple, dtype: str, ceiling: dict, repeats: int) -> dict[str, Any]:
+    key = jax.random.key(0)
+    arrays = case.make(key, shape, dtype)
+    traffic = case.traffic(shape, dtype)
+    floor = floor_of(traffic, dtype, ceiling)
+    programs = {"xla": (lambda *a: case.run("xla", *a), arrays)}
+    row: dict[str, Any] = {"shape": shape, "dtype": dtype, **traffic._asdict(), "floor_s": floor}
+    if CPU:
+        row["kernel"] = "none: auto is XLA"
+    else:
+        row["disagreement"] = disagreement(case, arrays)
+        programs["kernel"] = (lambda *a: case.run("pallas", *a), arrays)
+    if case.bar is not None:
+        programs["bar"] = case.bar(key, shape, dtype)
+    for name, taken in seconds(programs, repeats).items():
+        row[f"{name}_s"], row[f"{name}_share"] = taken, floor / taken
+    return row
+
+
+def population_products(dtypes: list[str], ceiling: dict, repeats: int) -> list[dict]:
+    """XLA's product of one input with a matrix for each member, which decides on a kernel."""
+    rows = []
+    for dtype in dtypes:
+        for members in MEMBERS:
+            for width in WIDTHS:
+                keys = jax.random.split(jax.random.key(0))
+                x = jax.random.normal(keys[0], (ROWS, width)).astype(dtype)
+                w = jax.random.normal(keys[1], (members, width, width)).astype(dtype)
+                run = lambda x, w: jax.vmap(jnp.matmul, (None, 0))(x, w)
+                size = x.size + w.size + members * ROWS * width
+                traffic = Traffic(size * x.dtype.itemsize, 2 * members * ROWS * width**2)
+                floor = floor_of(traffic, dtype, ceiling)
+                taken = seconds({"xla": (run, (x, w))}, repeats)["xla"]
+                row = {"members": members, "width": width, "rows": ROWS, "dtype": dtype}
+                row |= {**traffic._asdict(), "floor_s": floor, "xla_s": taken}
+                rows.append({**row, "xla_share": floor / taken})
+    return rows
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """A row of the table."""
+    number = lambda key, scale, form: format(row[key] * scale, form) if key in row else "-"
+    kernel = row.get("kernel", number("kernel_s", 1e6, ".1f"))
+    cells = [
+        name,
+        row["dtype"],
+        number("bytes", 1e-6, ".2f"),
+        number("operations", 1e-6, ".1f"),
+        number("floor_s", 1e6, ".1f"),
+        number("xla_s", 1e6, ".1f"),
+        number("xla_share", 1, ".2f"),
+        kernel,
+        number("kernel_share", 1, ".2f"),
+        number("bar_s", 1e6, ".1f"),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+HEADER = (
+    "| op | dtype | MB | MFLOP | floor, us | XLA, us | share | kernel, us | share | bar, us |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Ceilings, XLA and kernels.")
+    parser.add_argument("ops", nargs="*", default=[], help="such as gated_dense; else all")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+    ceiling = ceilings(options.dtypes, options.repeats)
+    print(f"{jax.devices()[0].device_kind}: copy {ceiling['bytes_per_s'] / 1e9:.1f} GB/s")
+    for dtype, rate in ceiling["operations_per_s"].items():
+        print(f"product, {dtype}: {rate / 1e9:.1f} GFLOP/s")
+    print(HEADER, flush=True)
+    results: dict[str, dict] = {}
+    for op, variant, case, shapes in cases(options.ops):
+        for name, shape in shapes.items():
+            for dtype in options.dtypes:
+                row = measure(case, shape, dtype, ceiling, options.repeats)
+                results.setdefault(op, {}).setdefault(variant, {})[f"{name} {dtype}"] = row
+                print(line(f"{op}, {variant}: {name} {shape}", row), flush=True)
+    products = []
+    if not options.ops or "population_dense" in options.ops:
+        products = population_products(options.dtypes, ceiling, options.repeats)
+    for row in products:
+        name = f"population_dense: {row['members']} x [{ROWS}, {row['width']}, {row['width']}]"
+        print(line(name, row), flush=True)
+    if products:
+        poor = sum(row["xla_share"] < ENOUGH for row in products)
+        print(f"population_dense: XLA below {ENOUGH:.0%} of the floor in {poor} of {len(products)}")
+    if by_default(parser, options):
+        record(
+            "kernels",
+            {
+                "repeats": options.repeats,
+                "ceilings": ceiling,
+                "results": results,
+                "population_dense": products,
+                "kernels": "none on CPU: auto is XLA" if CPU else "compiled",
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
