@@ -153,7 +153,8 @@ def _fused(
     def run(step, grads, state: FusedState, params):
         rate = conf.learning_rate
         rate = rate(state.count) if callable(rate) else rate
-        members = _members(conf, {"learning_rate": rate, "max_norm": conf.max_norm, **numbers})
+        more = {"learning_rate": rate, "max_norm": conf.max_norm, "count": state.count}
+        members = _members(conf, more | numbers)
         count = optax.safe_increment(state.count)
         return _step(conf, step, rule(rate, count), members, count, grads, state, params)
 
@@ -214,9 +215,12 @@ def _norm(leaves: list[jax.Array], members: tuple[int, ...]) -> jax.Array:
 
 
 def _seed(key: Key, count: jax.Array, leaf: int) -> jax.Array:
-    draw = lambda k, c: jax.random.bits(jax.random.fold_in(jax.random.fold_in(k, c), leaf), (2,),
-                                        jnp.uint32)  # fmt: skip
-    return jnp.vectorize(draw, signature="(),()->(n)")(key, count)
+    def draw(key, count):
+        own = jax.random.fold_in(jax.random.fold_in(key, count), leaf)
+        return jax.random.bits(own, (2,), jnp.uint32)
+
+    axes = tuple(0 if x.ndim else None for x in (key, count))
+    return draw(key, count) if axes == (None, None) else jax.vmap(draw, axes)(key, count)
 
 
 def _wide(x) -> jnp.dtype:

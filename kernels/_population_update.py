@@ -35,9 +35,7 @@ FASTER_ON: tuple[str, ...] = ()
 
 
 class Stepped(NamedTuple):
-    """After a step: [..., P] each. The first field is `updates` for `population_update`."""
-
-    params: jax.Array
+    params: jax.Array  # [..., P], as all of them
     moments: tuple[jax.Array, ...]
     master: jax.Array | None
 

@@ -279,7 +279,7 @@ def test_inside_a_population():
     rates = {"lr": jnp.linspace(-2.0, 2.0, 4, dtype=jnp.float32)}
     state = pop.init(jax.random.key(2), params, rates)
     batch = jax.random.normal(jax.random.key(3), (2, 5, 4), jnp.float32)
-    splits = hj.Split(batch[None].repeat(2, 0), batch[:, 0][None].repeat(2, 0)[:, 0])
+    splits = hj.Split(batch[None].repeat(2, 0), batch)
     after, metrics = hj.run(pop, state, splits)
     del metrics
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)

@@ -75,7 +75,7 @@ def test_a_member_that_goes_in_this_step_touches_nobody(implementation):
     sound = MANY & (jnp.arange(7) != 5)
     np.testing.assert_array_equal(found.sound, sound)
     expected = converge(implementation, (rates, params, grads, moments), sound, options)
-    np.testing.assert_array_equal(found.params, expected.params)
+    assert ulps(found.params, expected.params) <= ULPS
     assert np.isfinite(found.params).all()
 
 

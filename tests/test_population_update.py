@@ -94,9 +94,9 @@ def test_compiled_bodies_lower(variant, platform, how, call):
     mean = partial(launch.converge, run.args[0], how, args[0], args[1], jnp.arange(17) > 2)
     for f, operands in ((run, args), (mean, args[2:])):
         text = jax.jit(f).trace(*operands).lower(lowering_platforms=(platform,)).as_text()
-        # Or by another name in later versions of JAX, but one kernel, and in place.
         assert text.count("custom_call @") == 1
-        assert call in text or "triton" in text
+        assert call in text or "triton" in text  # by another name in later versions of JAX
+        assert ("output_operand_alias" in text) == (f is run)  # in place
 
 
 # ------------------------------------------------------------------------------------ derivatives
@@ -161,8 +161,8 @@ def test_members_under_vmap_are_one_pass(variant):
     assert steps.programs(both, args, options) == ["population_step (2, 6)"]
     stacked = jax.tree.map(lambda x: x.reshape(6, *x.shape[2:]), (args, options))
     expected = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), each(*stacked))
-    # The same kernel on the same numbers.
-    jax.tree.map(np.testing.assert_array_equal, both(args, options), expected)
+    # The same kernel on the same numbers, but for norms, which are not summed by it.
+    assert ulps(both(args, options), expected) <= (ULPS if variant == "clip" else 0)
 
 
 def test_vmap_over_rates_only():
