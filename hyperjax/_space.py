@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _checks
+from . import _checks, _fan_out
 from ._ranges import Range
 from ._types import HParams, Key, Loss, PyTree
 
@@ -112,15 +112,13 @@ class Space:
         """`size` settings spread symmetrically around `raw`: leaves [size, ...].
 
         Offsets are evenly spaced over [-width, width] in raw units and permuted independently for
-        every scalar, so that no two hyperparameters vary together (HDET, arXiv 2604.24708).
+        every scalar, so that over many draws no two vary together (HDET, arXiv 2604.24708).
         """
         self.check("fan_out", raw)
         _checks.positive_int("fan_out", "size", size)
-        offsets = jnp.linspace(-width, width, size) if size > 1 else jnp.zeros(1)
-        keys = jax.random.split(key, len(self.names))
-        table = jax.vmap(lambda k: jax.random.permutation(k, offsets), out_axes=1)(keys)
-        spread = self._split(table, lambda r, block: block)
-        shift = lambda x, d: (jnp.asarray(x)[None] + d).astype(jnp.result_type(x))
+        raw = jax.tree.map(jnp.asarray, raw)
+        spread = _fan_out.offsets(key, size, raw)
+        shift = lambda x, d: (x[None] + width * d).astype(x.dtype)
         return jax.tree.map(shift, raw, spread)
 
     @property

@@ -11,7 +11,7 @@ from .. import _checks, _tree
 from .. import _gaussian_process as gp
 from .._space import Space
 from .._types import Exchange, Key, PyTree
-from ._replace import Clock, when_due
+from ._replace import Clock, if_anybody, when_due
 from ._truncation import select
 
 # log variance, log length, epsilon, log noise of the process, and their bounds
@@ -134,9 +134,7 @@ def pb2(
             lambda: _choose(choose, state, points[parents], moved, begins, at + every, spread),
             lambda: (points, state.kernel),
         )
-        copied = lambda: _tree.take(members, parents)
-        # Between exchanges nothing is moved, unless a member diverged.
-        members = copied() if every == 1 else lax.cond(moved.any(), copied, lambda: members)
+        members = if_anybody(moved, lambda members: _tree.take(members, parents), members, every)
         chosen = _tree.cast_like(space.from_unit(points), members.hparams)
         members = members._replace(hparams=_tree.where(moved, chosen, members.hparams))
         fresh = due | moved  # a new interval begins

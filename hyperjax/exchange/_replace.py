@@ -57,9 +57,16 @@ def replace(key: Key, members: PyTree, parents: jax.Array, explore: Explore, eve
         explored = _tree.cast_like(explored, copied.hparams)
         return copied._replace(hparams=_tree.where(moved, explored, copied.hparams))
 
+    # Inside shard_map all varies as the copies do, in either branch.
+    return if_anybody(moved, copies, _tree.vary_like(members, (key, parents)), every)
+
+
+def if_anybody(
+    moved: jax.Array, copies: Callable[[PyTree], PyTree], members: PyTree, every: int
+) -> PyTree:
+    """`copies(members)` if anybody is replaced; otherwise the members, where they are."""
     if every == 1:  # somebody is always replaced, and a branch would cost one more copy
         return copies(members)
-    members = _tree.vary_like(members, (key, parents))  # as copies do
     return lax.cond(_anybody(moved), copies, lambda members: members, members)
 
 
