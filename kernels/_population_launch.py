@@ -134,13 +134,13 @@ def _loop_body(plan: Plan, size: int, length: int, width: int, *refs):
         source, update, moments = rules.advance(plan, row, {n: read(x) for n, x in ins.items()})
         return source + update, moments
 
-    def write(r, out):
+    def put(r, out):
         for name, value in out.items():
             triton.store(outs[name].at[r, :], value.astype(outs[name].dtype), mask=mask)
 
     def add(r, total):
         new, moments = member(r)
-        write(r, moments)
+        put(r, moments)
         fault = jnp.where(mask & ~(jnp.abs(new) < jnp.inf), 1, 0).astype(jnp.int32)
         sound[r, 0] = 1 - jnp.max(fault)
         return total + jnp.where(kept[r, 0] != 0, new - near, 0)
@@ -151,7 +151,7 @@ def _loop_body(plan: Plan, size: int, length: int, width: int, *refs):
     mean = near + total / chosen[0, 1].astype(near.dtype)
     seed = (numbers[1][first, 0], numbers[1][first, 1]) if len(numbers) > 1 else None
     out = rules.finish(plan, mean, None, index, seed)
-    lax.fori_loop(0, size, lambda r, _: write(r, out), None)
+    lax.fori_loop(0, size, lambda r, _: put(r, out), None)
 
 
 def _all_body(plan: Plan, length: int, width: int, *refs):

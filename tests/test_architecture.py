@@ -25,7 +25,7 @@ LAYERS = (
     ("_tree",),
     ("_checks",),
     ("layers",),
-    ("_ranges", "_fan_out"),
+    ("_ranges", "_fan_out", "_fused"),
     (
         "_space",
         "_inner",

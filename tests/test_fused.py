@@ -254,6 +254,19 @@ def test_bfloat16(rounding):
         assert any(jnp.any(x != y) for x, y in zip(new.values(), again.values(), strict=True))
 
 
+def test_training_makes_no_updates():
+    """`inner` takes new params in one pass, and never asks for what is to be added."""
+    whole = fused_adam(0.1)
+    refuse = lambda *args: pytest.fail("updates were asked for")
+    parts = hj.FusedTransformation(whole.init, refuse, whole.apply)
+    outcomes = [hj.inner(loss, lambda h, o=o: o) for o in (whole, parts)]
+    batch = jnp.ones((5, 4))
+    one, other = (
+        t.step(t.init(weights(jax.random.key(0)), None), None, batch).params for t in outcomes
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
 def test_keys_of_members():
     params, grads = (weights(jax.random.key(k), jnp.bfloat16, (MEMBERS,)) for k in (0, 1))
     same = jax.tree.map(lambda x: jnp.broadcast_to(x[0], x.shape), (params, grads))

@@ -242,7 +242,9 @@ def test_contraction_over_more_than_a_tile(how, sizes):
 
 def test_refusals_name_the_argument():
     x, w, v, s, _, _ = draw(module.SHAPES["odd"])
-    with pytest.raises(ValueError, match=r"gated_dense: `backward` is 'jax', expected \('xla'"):
+    with pytest.raises(
+        ValueError, match=r"gated_dense: `backward` is 'jax', expected one of \('xla'"
+    ):
         gated_dense(x, w, v, s, backward="jax")
     if jax.default_backend() == "cpu":
         with pytest.raises(ValueError, match=r"backend 'cpu', expected one of \('gpu', 'tpu'\)"):

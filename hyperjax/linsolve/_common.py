@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from .. import _tree
+from .. import _tree, kernels
 from .._types import MatVec, Params, Preconditioner, Scalar
 
 
@@ -42,6 +42,17 @@ def damped(matvec: MatVec, damping: float | Scalar) -> MatVec:
     if isinstance(damping, int | float) and damping == 0:
         return matvec
     return lambda v: _tree.axpy(damping, v, matvec(v))
+
+
+def advance(
+    step: Scalar | float, x: Params, r: Params, p: Params, q: Params
+) -> tuple[Params, Params, Scalar, Scalar]:
+    """x + step p, r - step q, the square of the latter's norm, and p'q: one pass over each leaf."""
+    leaves, tree = jax.tree.flatten(x)
+    others = (tree.flatten_up_to(_tree.cast_like(y, x)) for y in (r, p, q))
+    done = [kernels.vector_update(*leaf, step) for leaf in zip(leaves, *others, strict=True)]
+    x, r = (tree.unflatten([getattr(out, name) for out in done]) for name in ("x", "r"))
+    return x, r, sum(out.rr for out in done), sum(out.pq for out in done)
 
 
 def preconditioned(
