@@ -10,9 +10,9 @@ Then the ops. An op's floor is the longer of its bytes at that bandwidth and its
 peak, where each array is read once and each result written once; arrays that stay in a cache can be
 faster than it. "xla" is the op's reference under jit, "kernel" the compiled kernel, and the share
 is that of the floor in their time. On CPU there is no kernel: `auto` is XLA, and the command is
-the table of what XLA leaves. On an accelerator shapes that are too large for tests are run as well,
-and every kernel has to agree with the reference, after the memory that its results may lie in was
-filled with NaN.
+the table of what XLA leaves. Shapes that are too large for tests are run as well, on CPU up to a
+quarter of a GiB of traffic. On an accelerator every kernel has to agree with the reference, after
+the memory that its results may lie in was filled with NaN.
 
 Last, the products of a population with one input, [rows, in] by [members, in, out]: XLA's share of
 the peak decides whether they get a kernel, which is below 80 % on an accelerator at 8 to 1,024
@@ -42,6 +42,7 @@ CPU = jax.default_backend() == "cpu"
 COPIES = (2**26, 2**28) if CPU else (2**28, 2**30, 2**32)
 SIDES = (1024, 2048) if CPU else (4096, 8192, 16384)
 BUSY = 0.01  # seconds of one loop, about
+LARGEST = (2**28, 2**36)  # bytes and operations of one call on CPU: beyond the cache
 MEMBERS = (8, 64) if CPU else (8, 64, 256, 1024)
 WIDTHS = (32, 128, 512)
 ROWS = 128
@@ -105,9 +106,15 @@ def cases(wanted: list[str]) -> Iterator[tuple[str, str, Case, dict]]:
         op = found.name.removeprefix("_").removesuffix("_cases")
         module = importlib.import_module(f"{kernels.__name__}.{found.name}")
         if hasattr(module, "CASES") and (not wanted or op in wanted):
-            shapes = module.SHAPES if CPU else {**module.SHAPES, **module.LARGE}
             for variant, case in module.CASES.items():
-                yield op, variant, case, shapes
+                shapes = {**module.SHAPES, **module.LARGE}
+                yield op, variant, case, {n: s for n, s in shapes.items() if fits(case, s)}
+
+
+def fits(case: Case, shape: tuple) -> bool:
+    """Whether this machine can run it often: on CPU, some seconds in all."""
+    traffic = case.traffic(shape, "float32")
+    return not CPU or (traffic.bytes < LARGEST[0] and traffic.operations < LARGEST[1])
 
 
 def floor_of(traffic: Traffic, dtype: str, ceiling: dict) -> float:

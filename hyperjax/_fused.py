@@ -2,23 +2,24 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from hyperjax.kernels import _population_update as kernel
+from hyperjax.kernels._op import Implementation
+from hyperjax.kernels._population_rules import Adam, Rounding, Rule, Sgd
+
 from . import _checks
 from ._types import Key, Params, PyTree, Scalar
-from .kernels import _population_update as kernel
-from .kernels._op import Implementation
-from .kernels._population_rules import Adam, Rounding, Rule, Sgd
 
 Number = float | Scalar
 
 
 class FusedState(NamedTuple):
-    count: jax.Array  # int32: steps so far
+    steps: jax.Array  # int32: so far
     moments: tuple[PyTree, ...]  # (), (trace,) or (mu, nu), as params, in float32 at least
     master: Params | None  # params in float32
 
@@ -30,7 +31,7 @@ class FusedTransformation(optax.GradientTransformation):
     pass: updates, written and read once more, are three streams in ten.
     """
 
-    apply: Callable[[Params, FusedState, Params], tuple[Params, FusedState]]
+    apply: Callable[[Params, Any, Params], tuple[Params, Any]]  # Any: a FusedState
 
     def __new__(cls, init, update, apply) -> "FusedTransformation":
         self = super().__new__(cls, init, update)
@@ -152,10 +153,10 @@ def _fused(
 
     def run(step, grads, state: FusedState, params):
         rate = conf.learning_rate
-        rate = rate(state.count) if callable(rate) else rate
-        more = {"learning_rate": rate, "max_norm": conf.max_norm, "count": state.count}
+        rate = rate(state.steps) if callable(rate) else rate
+        more = {"learning_rate": rate, "max_norm": conf.max_norm, "steps": state.steps}
         members = _members(conf, more | numbers)
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(state.steps)
         return _step(conf, step, rule(rate, count), members, count, grads, state, params)
 
     def update(updates, state, params=None):

@@ -30,11 +30,11 @@ class Sgd(NamedTuple):
 class Adam(NamedTuple):
     """`optax.adam`, with `weight_decay` `optax.adamw`. A field is a number, or one per member.
 
-    The moments are `(mu, nu)`. `count` is the number of this step, the first being 1.
+    The moments are `(mu, nu)`. `step` is the number of this one, the first being 1.
     """
 
     learning_rate: ArrayLike
-    count: ArrayLike
+    step: ArrayLike
     b1: ArrayLike = 0.9
     b2: ArrayLike = 0.999
     eps: ArrayLike = 1e-8
@@ -86,13 +86,13 @@ def table(plan: Plan, rule: Rule, clip: tuple | None, members: tuple[int, ...]) 
     """The columns of a plan: [*members, columns]."""
     values: dict[str, ArrayLike | None] = {"learning_rate": rule.learning_rate}
     if isinstance(rule, Adam):
-        count = jnp.asarray(rule.count)
+        step = jnp.asarray(rule.step)
         # As optax has it: a plain 0.999 is taken from 1 in double precision.
         for name, decay in (("1", rule.b1), ("2", rule.b2)):
             values |= {
                 f"b{name}": decay,
                 f"rest{name}": 1 - decay,
-                f"scale{name}": 1 - decay**count,
+                f"scale{name}": 1 - decay**step,
             }
         values |= {"eps": rule.eps, "eps_root": rule.eps_root}
     else:

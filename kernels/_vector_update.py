@@ -142,7 +142,8 @@ def _gpu_body(size: int, x_ref, r_ref, p_ref, q_ref, step_ref, *out_refs) -> Non
         at = ref.at[block]
         return plt.load(at) if inside is None else plt.load(at, mask=inside, other=0)
 
-    x, r, *terms = _part(*map(read, (x_ref, r_ref, p_ref, q_ref)), step_ref[0], inside)
+    vectors = read(x_ref), read(r_ref), read(p_ref), read(q_ref)
+    x, r, *terms = _part(*vectors, step_ref[0], inside)
     plt.store(out_refs[0].at[block], x, mask=inside)
     plt.store(out_refs[1].at[block], r, mask=inside)
     for ref, term in zip(out_refs[2:], terms, strict=True):
@@ -188,8 +189,8 @@ def _tpu(interpret: bool, *arrays) -> VectorUpdate:
 def _tpu_body(rows: int, block: int, x_ref, r_ref, p_ref, q_ref, step_ref, *out_refs) -> None:
     row = lax.broadcasted_iota(jnp.int32, (block, LANES), 0) + pl.program_id(0) * block
     inside = None if rows % block == 0 else row < rows
-    refs = x_ref, r_ref, p_ref, q_ref
-    x, r, *terms = _part(*(ref[...] for ref in refs), step_ref[0, 0], inside)
+    vectors = x_ref[...], r_ref[...], p_ref[...], q_ref[...]
+    x, r, *terms = _part(*vectors, step_ref[0, 0], inside)
     out_refs[0][...] = x
     out_refs[1][...] = r
     for ref, term in zip(out_refs[2:], terms, strict=True):

@@ -55,12 +55,12 @@ def draw(variant: str, shape: tuple[int, ...], dtype: Any = "float32", seed: int
 
 
 def rule(rates: dict) -> Adam | Sgd:
-    return Adam(count=jnp.asarray(3), **rates) if "b1" in rates else Sgd(**rates)
+    return Adam(step=jnp.asarray(3), **rates) if "b1" in rates else Sgd(**rates)
 
 
 def call(function, implementation: str, args: tuple, options: dict):
-    rates, *rest = args
-    return function(rule(rates), *rest, **options, implementation=implementation)
+    rates, params, grads, moments = args
+    return function(rule(rates), params, grads, moments, **options, implementation=implementation)
 
 
 def apply(implementation: str, args: tuple, options: dict):
@@ -68,7 +68,9 @@ def apply(implementation: str, args: tuple, options: dict):
 
 
 def converge(implementation: str, args: tuple, keep: jax.Array, options: dict):
-    function = lambda *args, **kw: op.population_converge(*args, keep, **kw)
+    function = lambda rule, params, grads, moments, **kw: op.population_converge(
+        rule, params, grads, moments, keep, **kw
+    )
     return call(function, implementation, args, options)
 
 

@@ -5,6 +5,7 @@ as NaN. What is compared is in float64, from the same rounded arguments.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,11 @@ def wide(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
+def exact(args) -> jax.Array:
+    x, w, v, s, b, c = map(jnp.asarray, wide(args))
+    return module.reference(x, w, v, s, b, c)
+
+
 def limit(dtype) -> float:
     """Of |error| / |result|: three roundings to the type, and sums in float32 of some 1,000 terms,
     whose errors add up as the root of their number."""
@@ -59,7 +65,7 @@ def test_value(shape, dtype, how):
     args = draw(shape, dtype)
     got = jax.jit(layer(how))(*args)
     assert got.dtype == dtype
-    assert error(wide(got), wide(module.reference(*map(jnp.asarray, wide(args))))) < limit(dtype)
+    assert error(wide(got), wide(exact(args))) < limit(dtype)
 
 
 @shapes
@@ -160,7 +166,7 @@ def test_vmap_is_a_loop(axes, backward):
         [a[i] if axis == 0 else a for a, axis in zip(args, axes, strict=True)] for i in range(4)
     ]
     f = layer("interpret", backward, jnp.tanh)
-    reference = partial(module.reference, activation=jnp.tanh)
+    reference: Any = partial(module.reference, activation=jnp.tanh)
     values, slopes = jax.jit(
         lambda *a: (jax.vmap(f, axes)(*a), jax.vmap(jax.grad(bend(f), ALL), axes)(*a))
     )(*args)
@@ -245,7 +251,7 @@ def test_refusals_name_the_argument():
     with pytest.raises(
         ValueError, match=r"gated_dense: `backward` is 'jax', expected one of \('xla'"
     ):
-        gated_dense(x, w, v, s, backward="jax")
+        gated_dense(x, w, v, s, backward="jax")  # pyright: ignore[reportArgumentType]
     if jax.default_backend() == "cpu":
         with pytest.raises(ValueError, match=r"backend 'cpu', expected one of \('gpu', 'tpu'\)"):
             gated_dense(x, w, v, s, implementation="pallas")

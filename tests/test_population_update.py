@@ -23,9 +23,9 @@ ULPS = 8
 
 def layout(how: str, args, options):
     """`population_apply` by one of the bodies, which the backend would choose."""
-    rates, *rest = args
+    rates, params, grads, moments = args
     plan, table, seeds, streams = op._prepare(
-        "test", steps.rule(rates), "params", *rest, options.get("max_norm"), None,
+        "test", steps.rule(rates), "params", params, grads, moments, options.get("max_norm"), None,
         options.get("master"), options.get("seed"),
     )  # fmt: skip
     run = partial(launch.step, plan, how)

@@ -1,11 +1,16 @@
 """What solves share."""
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from .. import _tree, kernels
+from hyperjax import kernels
+
+from .. import _tree
 from .._types import MatVec, Params, Preconditioner, Scalar
 
 
@@ -48,11 +53,15 @@ def advance(
     step: Scalar | float, x: Params, r: Params, p: Params, q: Params
 ) -> tuple[Params, Params, Scalar, Scalar]:
     """x + step p, r - step q, the square of the latter's norm, and p'q: one pass over each leaf."""
-    leaves, tree = jax.tree.flatten(x)
-    others = (tree.flatten_up_to(_tree.cast_like(y, x)) for y in (r, p, q))
-    done = [kernels.vector_update(*leaf, step) for leaf in zip(leaves, *others, strict=True)]
-    x, r = (tree.unflatten([getattr(out, name) for out in done]) for name in ("x", "r"))
-    return x, r, sum(out.rr for out in done), sum(out.pq for out in done)
+    rest = (_tree.cast_like(y, x) for y in (r, p, q))
+    done = jax.tree.map(functools.partial(kernels.vector_update, step=step), x, *rest)
+    whole = lambda part: isinstance(part, kernels.VectorUpdate)
+    new_x, new_r, rr, pq = (
+        jax.tree.map(operator.attrgetter(name), done, is_leaf=whole)
+        for name in ("x", "r", "rr", "pq")
+    )
+    total = lambda terms: functools.reduce(operator.add, jax.tree.leaves(terms))
+    return new_x, new_r, total(rr), total(pq)
 
 
 def preconditioned(
