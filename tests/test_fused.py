@@ -44,8 +44,8 @@ PAIRS: dict[str, Any] = {
         lambda h: optax.adamw(h["lr"], h["b1"], h["b2"], weight_decay=h["decay"]),
     ),
     "clip": (
-        lambda h, **kw: fused_adamw(h["lr"], max_norm=2 * h["b1"], **kw),
-        lambda h: optax.chain(optax.clip_by_global_norm(2 * h["b1"]), optax.adamw(h["lr"])),
+        lambda h, **kw: fused_adamw(h["lr"], max_norm=0.1 * h["b1"], **kw),
+        lambda h: optax.chain(optax.clip_by_global_norm(0.1 * h["b1"]), optax.adamw(h["lr"])),
     ),
 }
 
