@@ -9,7 +9,8 @@ square product, in each dtype at JAX's default precision. They are the best of s
 Then the ops. An op's floor is the longer of its bytes at that bandwidth and its operations at that
 peak, where each array is read once and each result written once; arrays that stay in a cache can be
 faster than it. "xla" is the op's reference under jit, "kernel" the compiled kernel, and the share
-is that of the floor in their time. On CPU there is no kernel: `auto` is XLA, and the command is
+is that of the floor in their time. "bar" is what a kernel has to beat or nearly reach: a step by
+optax under vmap, one product of twice the width. On CPU there is no kernel: `auto` is XLA, and the command is
 the table of what XLA leaves. Shapes that are too large for tests are run as well, on CPU up to a
 quarter of a GiB of traffic. On an accelerator every kernel has to agree with the reference, after
 the memory that its results may lie in was filled with NaN.
@@ -27,10 +28,11 @@ import argparse
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from _measure import by_default, median_times, record
 from jax import lax
 
@@ -47,37 +49,63 @@ LARGEST = (2**28, 2**36)  # bytes and operations of one call on CPU: beyond the 
 MEMBERS = (8, 64) if CPU else (8, 64, 256, 1024)
 WIDTHS = (32, 128, 512)
 ROWS = 128
+# The least |kernel - reference| / |reference| that is a fault: roundings of the type, and for float32
+# the products of tensor cores, which round their factors to 11 bits.
+AGREE = {"float32": 5e-3, "bfloat16": 2e-2}
+OPTAX = {
+    "sgd": optax.sgd,
+    "momentum": lambda rate: optax.sgd(rate, 0.9),
+    "adam": optax.adam,
+    "adamw": lambda rate: optax.adamw(rate, weight_decay=1e-2),
+    "adamw clip": lambda rate: optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=1e-2)
+    ),
+}
 ENOUGH = 0.8  # of the peak: what XLA's batched product has to reach
 
 
-def repeated(function: Callable, arrays: tuple, times: int) -> Callable[[], Any]:
+class Program(NamedTuple):
+    function: Callable
+    arrays: tuple
+    again: Callable[[tuple, Any], tuple] = lambda arrays, results: arrays
+
+
+def repeated(program: Program, times: int) -> Callable[[], Any]:
     """A compiled call of so many runs of a function, none of which can be left out or merged.
 
-    Each run waits for the results of the one before, by a barrier that nothing is moved across.
+    Each run waits for the results of the one before, by a barrier that nothing is moved across, and
+    takes what `again` makes of them: an op in place would be charged a copy of what it overwrites.
+    For the same reason a call is given, and gives up, what the last one has left.
     """
-    shapes = jax.eval_shape(function, *arrays)
 
-    def loop(arrays):
-        def body(_, carry):
-            arrays, results = lax.optimization_barrier(carry)
-            del results
-            return arrays, function(*arrays)
+    def step(arrays):
+        results = program.function(*arrays)
+        arrays = program.again(arrays, results)
+        taken = {id(x) for x in jax.tree.leaves(arrays)}
+        return arrays, [x for x in jax.tree.leaves(results) if id(x) not in taken]
 
-        empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return lax.fori_loop(0, times, body, (arrays, empty))[1]
+    def loop(carry):
+        return lax.fori_loop(0, times, lambda _, c: step(*lax.optimization_barrier(c)[:1]), carry)
 
-    program = jax.jit(loop).lower(arrays).compile()
-    return lambda: program(arrays)
+    arrays = jax.tree.map(jnp.copy, program.arrays)
+    rest = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step, arrays)[1])
+    carry = [(arrays, rest)]
+    compiled = jax.jit(loop, donate_argnums=0).lower(carry[0]).compile()
+
+    def call():
+        carry[0] = compiled(carry[0])
+        return carry[0]
+
+    return call
 
 
-def seconds(programs: dict[str, tuple[Callable, tuple]], repeats: int) -> dict[str, float]:
+def seconds(programs: dict[str, Program], repeats: int) -> dict[str, float]:
     """Seconds of one run of each, by turns."""
     calls, times = {}, {}
-    for name, (function, arrays) in programs.items():
-        once = repeated(function, arrays, 1)
-        guess = median_times({name: once}, 1)[name]["wall_s"]
+    for name, program in programs.items():
+        guess = median_times({name: repeated(program, 1)}, 1)[name]["wall_s"]
         times[name] = max(LEAST, min(1000, round(BUSY / guess)))
-        calls[name] = repeated(function, arrays, times[name])
+        calls[name] = repeated(program, times[name])
     walls = median_times(calls, repeats)
     return {name: wall["wall_s"] / times[name] for name, wall in walls.items()}
 
@@ -86,12 +114,12 @@ def ceilings(dtypes: list[str], repeats: int) -> dict[str, Any]:
     copies, products = {}, {}
     for size in COPIES:
         x = jnp.ones(size // 4, jnp.float32)
-        taken = seconds({"copy": (jnp.negative, (x,))}, repeats)["copy"]
+        taken = seconds({"copy": Program(jnp.negative, (x,))}, repeats)["copy"]
         copies[size] = 2 * size / taken
     for dtype in dtypes:
         for side in SIDES:
             x = jax.random.normal(jax.random.key(0), (side, side)).astype(dtype)
-            taken = seconds({"product": (jnp.matmul, (x, x))}, repeats)
+            taken = seconds({"product": Program(jnp.matmul, (x, x))}, repeats)
             products[dtype, side] = 2 * side**3 / taken["product"]
     return {
         "bytes_per_s": max(copies.values()),
@@ -141,20 +169,53 @@ def disagreement(case: Case, arrays: tuple) -> float:
     return float(jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(distance, got, expected)))))
 
 
-def measure(case: Case, shape: tuple, dtype: str, ceiling: dict, repeats: int) -> dict[str, Any]:
+def optax_step(variant: str, arrays: tuple) -> Program | None:
+    """The step as optax makes it, under vmap over members."""
+    rates, params, grads, moments, master = arrays
+    make = OPTAX.get(variant)
+    if make is None or master is not None:
+        return None
+
+    def member(rate, p, g, moments):
+        optimizer = make(rate)
+        states, tree = jax.tree.flatten(optimizer.init(p))
+        # In every state of these the counts are scalars and the rest are the moments, in order.
+        given = iter(moments)
+        states = [next(given) if x.ndim else x for x in states]
+        updates, state = optimizer.update(g, tree.unflatten(states), p)
+        moments = tuple(x for x in jax.tree.leaves(state) if x.ndim)
+        return optax.apply_updates(p, updates), moments
+
+    def again(arrays, results):
+        rates, _, grads, _ = arrays
+        return rates, results[0], grads, results[1]
+
+    return Program(jax.vmap(member), (rates, params, grads, moments), again)
+
+
+def measure(
+    variant: str, case: Case, shape: tuple, dtype: str, ceiling: dict, repeats: int
+) -> dict[str, Any]:
     key = jax.random.key(0)
     arrays = case.make(key, shape, dtype)
+    again = {} if case.again is None else {"again": case.again}
     traffic = case.traffic(shape, dtype)
     floor = floor_of(traffic, dtype, ceiling)
-    programs = {"xla": (lambda *a: case.run("xla", *a), arrays)}
+    programs = {"xla": Program(lambda *a: case.run("xla", *a), arrays, **again)}
     row: dict[str, Any] = {"shape": shape, "dtype": dtype, **traffic._asdict(), "floor_s": floor}
     if CPU:
         row["kernel"] = "none: auto is XLA"
     else:
         row["disagreement"] = disagreement(case, arrays)
-        programs["kernel"] = (lambda *a: case.run("pallas", *a), arrays)
+        if not row["disagreement"] < AGREE[dtype]:
+            raise RuntimeError(
+                f"{variant}, {shape}, {dtype}: kernel and reference are apart: {row}"
+            )
+        programs["kernel"] = Program(lambda *a: case.run("pallas", *a), arrays, **again)
     if case.bar is not None:
-        programs["bar"] = case.bar(key, shape, dtype)
+        programs["bar"] = Program(*case.bar(key, shape, dtype))
+    elif case.again is not None and (theirs := optax_step(variant, arrays)) is not None:
+        programs["bar"] = theirs
     for name, taken in seconds(programs, repeats).items():
         row[f"{name}_s"], row[f"{name}_share"] = taken, floor / taken
     return row
@@ -173,7 +234,7 @@ def population_products(dtypes: list[str], ceiling: dict, repeats: int) -> list[
                 size = x.size + w.size + members * ROWS * width
                 traffic = Traffic(size * x.dtype.itemsize, 2 * members * ROWS * width**2)
                 floor = floor_of(traffic, dtype, ceiling)
-                taken = seconds({"xla": (run, (x, w))}, repeats)["xla"]
+                taken = seconds({"xla": Program(run, (x, w))}, repeats)["xla"]
                 row = {"members": members, "width": width, "rows": ROWS, "dtype": dtype}
                 row |= {**traffic._asdict(), "floor_s": floor, "xla_s": taken}
                 rows.append({**row, "xla_share": floor / taken})
@@ -219,8 +280,8 @@ def main() -> None:
     results: dict[str, dict] = {}
     for op, variant, case, shapes in cases(options.ops):
         for name, shape in shapes.items():
-            for dtype in options.dtypes:
-                row = measure(case, shape, dtype, ceiling, options.repeats)
+            for dtype in (d for d in options.dtypes if d in case.dtypes):
+                row = measure(variant, case, shape, dtype, ceiling, options.repeats)
                 results.setdefault(op, {}).setdefault(variant, {})[f"{name} {dtype}"] = row
                 print(line(f"{op}, {variant}: {name} {shape}", row), flush=True)
     products = []

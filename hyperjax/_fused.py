@@ -143,6 +143,10 @@ def _fused(
             f"{conf.where}: `key` must be given for stochastic rounding, and only for it; got "
             f"rounding={conf.rounding!r} with {'no' if conf.key is None else 'a'} key."
         )
+    if conf.key is not None and not jnp.issubdtype(jnp.result_type(conf.key), jax.dtypes.prng_key):
+        raise ValueError(
+            f"{conf.where}: `key` is {jnp.result_type(conf.key)}, expected one of `jax.random.key`."
+        )
 
     def init(params: Params) -> FusedState:
         zeros = lambda x: jnp.zeros(jnp.shape(x), _wide(x))
@@ -173,6 +177,11 @@ def _step(conf: _Options, step, rule, members: tuple[int, ...], count, grads, st
     """What `step` makes of every leaf, flat: new params or updates, and the state."""
     flat = lambda x: jnp.reshape(x, (*members, -1))
     leaves, tree = jax.tree.flatten(grads)
+    if wrong := [jnp.shape(x) for x in leaves if jnp.shape(x)[: len(members)] != members]:
+        raise ValueError(
+            f"{conf.where}: numbers are given for {members[0]} members, and a gradient has shape "
+            f"{wrong[0]}, expected ({members[0]}, ...); for one member give scalars."
+        )
     masters = () if state.master is None else (state.master,)
     streams = [tree.flatten_up_to(x) for x in (params, *state.moments, *masters)]
     norm = None if conf.max_norm is None else _norm(leaves, members)

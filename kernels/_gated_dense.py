@@ -84,8 +84,9 @@ def gated_dense(
     `auto` takes what was measured faster on this backend, which is "xla" everywhere, the reference:
     no accelerator has run the benchmark so far. "pallas" is the compiled kernel, for GPUs (Triton)
     and TPUs (Mosaic), in 32 or 16 bits; "interpret" its body for GPUs run by XLA, on any backend,
-    for tests. Both add up in float32 and round once. Under vmap with shared matrices the rows of
-    all become rows of one product.
+    for tests. Both add up in float32 and round once (with an activation under a derivative twice,
+    before it and after). Under vmap with shared matrices the rows of all become rows of one
+    product; if of these only gates are mapped, the products are those of one input, and XLA's.
 
     `backward` says who takes the derivatives of a kernel. "xla" has every mode, and under vmap does
     what it does for the reference. "kernel" is two kernels, for x and for the matrices, each with
@@ -95,20 +96,29 @@ def gated_dense(
 
     Raises ValueError for other names, shapes or dtypes, and for "pallas" where it cannot run.
     """
-    how = choose("gated_dense", implementation, platforms=PLATFORMS, faster_on=FASTER_ON)
     if backward not in get_args(Backward):
         raise ValueError(
             f"gated_dense: `backward` is {backward!r}, expected one of {get_args(Backward)}."
         )
     _check(x, weight, response, gate, bias, response_bias)
+    how = choose(
+        "gated_dense",
+        implementation,
+        platforms=PLATFORMS,
+        faster_on=FASTER_ON,
+        unfit=lambda backend: _unfit(x, activation),
+    )
     if how == "xla" or 0 in (*x.shape, *weight.shape):
         return reference(x, weight, response, gate, bias, response_bias, activation)
-    if how in PLATFORMS and str(x.dtype) not in DTYPES:
-        raise ValueError(
-            f"gated_dense: `x` is {x.dtype}, expected one of {DTYPES} for the compiled kernel; "
-            "'auto' and 'xla' take any."
-        )
     return _by_kernel(how, backward, activation, x, weight, response, gate, bias, response_bias)
+
+
+def _unfit(x: jax.Array, activation: Activation | None) -> str | None:
+    if str(x.dtype) not in DTYPES:
+        return f"`x` is {x.dtype}, expected one of {DTYPES}"
+    if activation is not None and jax.make_jaxpr(activation)(jnp.zeros((), x.dtype)).consts:
+        return "`activation` closes over arrays, expected a function of its argument alone"
+    return None
 
 
 def _by_kernel(

@@ -23,20 +23,30 @@ class Case(NamedTuple):
     """
 
     make: Callable[..., tuple]  # (key, shape, dtype) -> arrays
-    run: Callable[..., Any]  # (implementation, *arrays) -> arrays
+    run: Callable[..., Any]  # (implementation, *arrays) -> results
     traffic: Callable[..., Traffic]  # of (shape, dtype)
     # (key, shape, dtype) -> a function and its arrays, whose time the op's is held against
     bar: Callable[..., tuple[Callable, tuple]] | None = None
+    # (arrays, results) -> the arrays of the next run: in a loop, an op that works in place has to
+    # take its own results, or what it overwrites is copied first
+    again: Callable[[tuple, Any], tuple] | None = None
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
 
 def choose(
-    where: str, implementation: str, *, platforms: tuple[str, ...], faster_on: tuple[str, ...]
+    where: str,
+    implementation: str,
+    *,
+    platforms: tuple[str, ...],
+    faster_on: tuple[str, ...],
+    unfit: Callable[[str], str | None] = lambda backend: None,
 ) -> str:
     """ "xla", "interpret", or the platform whose compiled kernel is to run.
 
     `platforms` have a compiled kernel, `faster_on` are those where it was measured to be faster, by
-    the names of `jax.default_backend()`. Raises ValueError for an unknown name, and for "pallas"
-    where there is no kernel.
+    the names of `jax.default_backend()`. `unfit` says of one of them why the kernel does not take
+    these arguments, if so: then "auto" is "xla". Raises ValueError for an unknown name, and for
+    "pallas" where there is no kernel or it is unfit.
     """
     known = get_args(Implementation)
     if implementation not in known:
@@ -45,12 +55,14 @@ def choose(
         return implementation
     backend = jax.default_backend()
     if implementation == "auto":
-        return backend if backend in faster_on else "xla"
+        return backend if backend in faster_on and unfit(backend) is None else "xla"
     if backend not in platforms:
         raise ValueError(
             f"{where}: `implementation` is 'pallas' and the backend {backend!r}, expected one of "
             f"{platforms}; 'auto', 'xla' and 'interpret' run on any."
         )
+    if (reason := unfit(backend)) is not None:
+        raise ValueError(f"{where}: {reason} for the compiled kernel; 'auto' and 'xla' take it.")
     return backend
 
 

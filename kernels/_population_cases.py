@@ -48,14 +48,13 @@ def _case(
     clip: bool = False,
     mean: bool = False,
 ) -> Case:
-    """Rates [R], then streams [R, P]; params below float32 only where they are to be rounded."""
+    """Rates [R], then streams [R, P]; where params are rounded they are in bfloat16."""
     step = {"params": op.population_apply, "updates": op.population_update}[emit]
-    type_of = lambda dtype: dtype if rounding == "nearest" else jnp.bfloat16
 
     def make(key: jax.Array, shape: tuple[int, int], dtype: DTypeLike) -> tuple:
         keys = jax.random.split(key, 5)
         draw = lambda key, dtype: jax.random.normal(key, shape, dtype)
-        params, grads = (draw(k, type_of(dtype)) for k in keys[:2])
+        params, grads = (draw(k, dtype) for k in keys[:2])
         wide = jnp.promote_types(params.dtype, jnp.float32)
         moments = {"sgd": (), "momentum": (draw(keys[2], wide),)}
         adam = draw(keys[2], wide), jnp.square(draw(keys[3], wide))
@@ -78,7 +77,17 @@ def _case(
         return step(numbers, params, grads, moments, **options)
 
     cost = partial(traffic, rule=rule, emit=emit, rounding=rounding, clip=clip)
-    return Case(make, run, lambda shape, dtype: cost(shape, type_of(dtype)))
+    dtypes = ("float32", "bfloat16") if rounding == "nearest" else ("bfloat16",)
+    return Case(make, run, cost, again=_again, dtypes=dtypes)
+
+
+def _again(arrays: tuple, results) -> tuple:
+    rates, params, grads, _, _ = arrays
+    if isinstance(results, op.Updated):
+        # An update takes the place of a gradient, if it has its type.
+        grads = results.updates if results.updates.dtype == grads.dtype else grads
+        return rates, params, grads, results.moments, results.master
+    return rates, results.params, grads, results.moments, results.master
 
 
 CASES = {

@@ -1,6 +1,5 @@
 """What the fused optimizers refuse, and how they say so."""
 
-import jax
 import jax.numpy as jnp
 
 from ._population_rules import Adam, Sgd
@@ -23,6 +22,8 @@ def check(where: str, rule, params, grads, moments, max_norm, norm, master, seed
             raise ValueError(
                 f"{where}: `{name}` has shape {jnp.shape(x)}, expected that of `params`, {shape}."
             )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{where}: `{name}` is {x.dtype}, expected a float.")
     if master is not None and master.dtype != wide:
         raise ValueError(f"{where}: `master` is {master.dtype}, expected {wide}.")
     if seed is not None:
@@ -56,9 +57,9 @@ def _check_seed(where: str, params, master, seed, members) -> None:
             f"{where}: `seed` is given for params in {params.dtype}, expected bfloat16: others are "
             "rounded to the nearest."
         )
-    words = jnp.shape(seed) in ((2,), (*members, 2)) and seed.dtype in (jnp.int32, jnp.uint32)
-    if not isinstance(seed, jax.Array) or not words:
+    dtype = jnp.result_type(seed)
+    if jnp.shape(seed) not in ((2,), (*members, 2)) or dtype not in (jnp.int32, jnp.uint32):
         raise ValueError(
-            f"{where}: `seed` is {getattr(seed, 'dtype', type(seed).__name__)} {jnp.shape(seed)}, "
+            f"{where}: `seed` is {dtype} {jnp.shape(seed)}, "
             f"expected int32 or uint32 of shape (2,) or {(*members, 2)}."
         )

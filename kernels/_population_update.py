@@ -15,7 +15,6 @@ from jax.typing import ArrayLike
 
 from . import _op
 from . import _population_checks as checks
-from . import _population_launch as launch
 from . import _population_rules as rules
 from ._op import Implementation
 from ._population_rules import Plan, Rule, Streams
@@ -88,7 +87,8 @@ def population_apply(
     derivative 1. With eps_root = 0 the derivative of Adam is NaN where a gradient has always been
     zero, as in optax.
 
-    `auto` is "xla", the reference, until a kernel was measured faster on the backend. A named
+    `auto` is "xla", the reference, until a kernel was measured faster on the backend. A kernel has
+    no rule for arrays that jit has sharded: take it inside shard_map, with members apart. A named
     implementation runs or raises: "pallas" the compiled kernel, "interpret" the body for GPUs run
     by XLA, on any backend, for tests. Raises ValueError for other names, shapes or dtypes.
     """
@@ -137,9 +137,11 @@ def population_converge(
 
     `keep`, bool [R], are the members to average, such as those with a finite score. One of them
     whose params are not finite after this very step is left out as well: that costs a second pass,
-    in that step only. If none is left, everybody keeps params of their own.
+    in that step only, but under vmap always. If none is left, everybody keeps params of their own.
+    Inside shard_map it is the mean over the members of one device.
 
-    Moments are those of every member, also where they are lost; `sound` says whose are not.
+    Moments are those of every member, also where they are lost; `sound` says whose are not. What a
+    lost member was made of has derivative 0.
     """
     where = "population_converge"
     plan, table, seeds, streams = _prepare(where, rule, "params", params, grads, moments, max_norm,
@@ -149,21 +151,18 @@ def population_converge(
             f"{where}: `params` and `keep` have shapes {jnp.shape(params)} and {jnp.shape(keep)}, "
             "expected (members, parameters) and (members,)."
         )
+    if jnp.result_type(keep) != jnp.dtype(bool):
+        raise ValueError(f"{where}: `keep` is {jnp.result_type(keep)}, expected bool.")
     how = _choose(where, implementation, params)
-    first, sound = _averaged(plan, how)(table, seeds, keep, streams)
-    sound = keep & sound
-    again = lambda: _averaged(plan, how)(table, seeds, sound, streams)[0]
-    alone = lambda: _member(plan, how)(table, seeds, streams)
-    case = jnp.where(~sound.any(), 2, jnp.where((sound == keep).all(), 0, 1))
-    out = lax.switch(case, (lambda: first, again, alone))
-    return Converged(*_fields(plan, out), sound)
+    out, finite = _averaged(plan, how)(*_alike(how, table, seeds, jnp.asarray(keep), streams))
+    return Converged(*_fields(plan, out), keep & finite)
 
 
 def _run(where, rule, emit, params, grads, moments, max_norm, norm, master, seed, implementation):
     plan, table, seeds, streams = _prepare(where, rule, emit, params, grads, moments, max_norm,
                                            norm, master, seed)  # fmt: skip
     how = _choose(where, implementation, params)
-    return _fields(plan, _member(plan, how)(table, seeds, streams))
+    return _fields(plan, _member(plan, how)(*_alike(how, table, seeds, streams)))
 
 
 def _fields(plan: Plan, out: Streams):
@@ -178,7 +177,8 @@ def _prepare(where, rule, emit, params, grads, moments, max_norm, norm, master, 
     decay, clip = rule.weight_decay is not None, max_norm is not None
     plan = Plan(names, decay, clip, emit, rounding, jnp.dtype(params.dtype).name)
     if seed is not None:
-        if jnp.issubdtype(seed.dtype, jnp.uint32):
+        seed = jnp.asarray(seed)
+        if seed.dtype == jnp.uint32:
             seed = lax.bitcast_convert_type(seed, jnp.int32)
         seed = jnp.broadcast_to(seed, (*members, 2))
     limits = None
@@ -208,8 +208,20 @@ def _limits(norm: jax.Array, max_norm: ArrayLike) -> tuple[jax.Array, jax.Array]
 
 
 def _choose(where: str, implementation: str, params: jax.Array) -> str:
-    how = _op.choose(where, implementation, platforms=PLATFORMS, faster_on=FASTER_ON)
+    def unfit(backend: str) -> str | None:
+        wide = backend == "tpu" and params.dtype == jnp.float64
+        return "`params` is float64, expected at most 32 bits on a TPU" if wide else None
+
+    how = _op.choose(where, implementation, platforms=PLATFORMS, faster_on=FASTER_ON, unfit=unfit)
     return how if params.size else "xla"
+
+
+def _alike(how: str, *operands):
+    """Typed alike for a kernel, inside shard_map; here, so that derivatives know of it as well."""
+    if how == "xla":
+        return operands
+    leaves, tree = jax.tree.flatten(operands)
+    return tree.unflatten(_op.alike(*leaves))
 
 
 @functools.cache
@@ -225,12 +237,45 @@ def _member(plan: Plan, how: str):
 
 @functools.cache
 def _averaged(plan: Plan, how: str):
-    """Step and mean as a function of (table, seeds, kept, streams) of [R, P]."""
-    reference = functools.partial(rules.reference_converge, plan)
-    if how == "xla" and plan.rounding != "stochastic":
-        return reference
-    run = reference if how == "xla" else functools.partial(launch.converge, plan, how)
-    return _with_derivative(plan, run, rules.reference_converge)
+    """Step, mean, and who is finite, as a function of (table, seeds, kept, streams) of [R, P]."""
+    if how == "xla":
+        once = functools.partial(rules.reference_converge, plan)
+    else:
+        from . import _population_launch as launch
+
+        once = functools.partial(launch.converge, plan, how)
+
+    @jax.custom_jvp
+    def run(table, seeds, kept, streams):
+        first, finite = once(table, seeds, kept, streams)
+        sound = kept & finite
+        again = lambda: once(table, seeds, sound, streams)[0]
+        alone = lambda: _member(plan, how)(table, seeds, streams)
+        case = jnp.where(~sound.any(), 2, jnp.where((sound == kept).all(), 0, 1))
+        return lax.switch(case, (lambda: first, again, alone)), finite
+
+    @run.defjvp
+    def _(primals, tangents):
+        out, finite = run(*primals)
+        exact = functools.partial(_exact_mean, _smooth(plan), finite)
+        return (out, finite), jax.jvp(exact, primals, tangents)[1]
+
+    return run
+
+
+def _exact_mean(plan: Plan, finite: jax.Array, table, seeds, kept, streams):
+    """What has the derivative of `_averaged`, given who is finite after the step.
+
+    A lost member is replaced by numbers before the step, or it would lose everybody's derivative
+    in a number that they share: nothing times NaN is NaN.
+    """
+    sound = kept & finite
+    calm = (finite | ~sound.any())[:, None]
+    table = jnp.where(calm, table, 1)
+    streams = {name: jnp.where(calm, x, 0) for name, x in streams.items()}
+    together, _ = rules.reference_converge(plan, table, seeds, sound, streams)
+    alone = rules.reference(plan, table, seeds, streams)
+    return jax.tree.map(functools.partial(jnp.where, sound.any()), together, alone), finite
 
 
 def _with_derivative(plan: Plan, run, reference):
@@ -238,15 +283,18 @@ def _with_derivative(plan: Plan, run, reference):
 
     As a JVP rule it serves every mode and every order.
     """
-    smooth = plan._replace(rounding="nearest") if plan.rounding == "stochastic" else plan
     run = jax.custom_jvp(run)
 
     @run.defjvp
     def _(primals, tangents):
-        exact = functools.partial(reference, smooth)
+        exact = functools.partial(reference, _smooth(plan))
         return run(*primals), jax.jvp(exact, primals, tangents)[1]
 
     return run
+
+
+def _smooth(plan: Plan) -> Plan:
+    return plan._replace(rounding="nearest") if plan.rounding == "stochastic" else plan
 
 
 def _stacked(plan: Plan, how: str):
@@ -255,6 +303,7 @@ def _stacked(plan: Plan, how: str):
     `pallas_call` would batch by itself, by one more axis of its grid. On TPU that makes tiles of
     one row; and this way there is one layout to measure.
     """
+    from . import _population_launch as launch  # Pallas, which only who uses it waits for
 
     @jax.custom_batching.custom_vmap
     def run(table, seeds, streams):

@@ -307,6 +307,11 @@ def test_refusals():
         fused_sgd(0.1, rounding="stochastic")
     with pytest.raises(ValueError, match="fused_sgd: `key` must be given for stochastic"):
         fused_sgd(0.1, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="fused_sgd: `key` is uint32, expected one of"):
+        fused_sgd(0.1, rounding="stochastic", key=jax.random.PRNGKey(0))
+    many = fused_sgd(jnp.ones(3))
+    with pytest.raises(ValueError, match=r"for 3 members, and a gradient has shape \(4, 3\), exp"):
+        many.update(grads, many.init(params))
     optimizer = fused_adamw(0.1)
     with pytest.raises(ValueError, match="fused_adamw: `params` must be given to update"):
         optimizer.update(grads, optimizer.init(params))

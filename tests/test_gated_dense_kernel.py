@@ -257,6 +257,18 @@ def test_refusals_name_the_argument():
             gated_dense(x, w, v, s, implementation="pallas")
 
 
+def test_an_activation_with_arrays_of_its_own_is_for_xla(monkeypatch):
+    x, w, v, s, _, _ = draw(module.SHAPES["odd"], "float32")
+    slope = jnp.linspace(0.0, 1.0, 3, dtype=jnp.float32)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(module, "FASTER_ON", ("gpu",))
+    bent = lambda y: y * slope[0]
+    found = gated_dense(x, w, v, s, activation=bent)
+    np.testing.assert_array_equal(found, module.reference(x, w, v, s, activation=bent))
+    with pytest.raises(ValueError, match="`activation` closes over arrays"):
+        gated_dense(x, w, v, s, activation=bent, implementation="pallas")
+
+
 def test_nothing_in_nothing_out():
     empty = gated_dense(*(jnp.zeros(s) for s in ((0, 5), (5, 3), (5, 3), (3,))))
     assert empty.shape == (0, 3)

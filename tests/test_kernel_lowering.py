@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from problems import mesh
 
+from hyperjax.kernels import Sgd, population_apply, vector_update
 from hyperjax.kernels import _gated_dense as gated
 from hyperjax.kernels import _gated_dense_cases as gated_cases
 from hyperjax.kernels import _vector_update as vector
@@ -142,5 +143,47 @@ def test_a_kernel_that_was_measured_faster_is_what_auto_takes(platform, monkeypa
         monkeypatch.setattr(module, "FASTER_ON", (backend,))
         assert call in text("auto") and call not in text("xla")
     for run, case, shape in ((LAYER.run, LAYER, (7, 5, 3)), (UPDATE.run, UPDATE, (7,))):
+        wide = arguments(case, shape, "float64")
+        auto = jax.jit(partial(run, "auto")).trace(*wide)
+        assert call not in auto.lower(lowering_platforms=(platform,)).as_text()
         with pytest.raises(ValueError, match="`x` is float64, expected one of"):
             run("pallas", *case.make(jax.random.key(0), shape, "float64"))
+
+
+@platforms
+def test_operands_that_vary_differently(platform, monkeypatch):
+    """Over devices: the kernel wants them alike, and so does its derivative."""
+    backend, call = TARGETS[platform]
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    on, all_alike = PartitionSpec("members"), PartitionSpec()
+    total = lambda out: sum(jnp.sum(x) for x in jax.tree.leaves(out))
+
+    def solve(r, x):
+        return total(vector_update(x, r, x, r, 0.5, implementation="pallas"))
+
+    def train(params, grads):
+        options = {"implementation": "pallas"}
+        return total(population_apply(Sgd(0.1), params, grads, (), **options).params)
+
+    here, everywhere = (jax.ShapeDtypeStruct((n, 128), "float32") for n in (8, 1))
+    for f in (solve, train):
+
+        def both(varying, same, f=f):
+            value, slope = jax.value_and_grad(f)(varying, same)
+            return value[None], slope
+
+        split = jax.shard_map(both, mesh=mesh("members"), in_specs=(on, all_alike), out_specs=on)
+        traced = jax.jit(split).trace(here, everywhere)
+        assert call in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@platforms
+def test_lowers_in_single_precision(platform):
+    """As users have it: the other tests are in double precision."""
+    with jax.enable_x64(False):
+        for f, case, shape in (
+            (layer(platform), LAYER, (7, 5, 3)),
+            (update(platform), UPDATE, (7,)),
+        ):
+            args = arguments(case, shape, "float32")
+            assert lowered(platform, f, args)[0] == 1

@@ -102,8 +102,10 @@ def test_one_pass_under_jit_and_vmap():
     run = lambda name: jax.jit(
         jax.vmap(lambda args, keep: converge(name, args, keep, options), (0, 0))
     )
-    first = steps.programs(run("interpret"), args, keep)[0]
-    assert first == "population_converge (2, 1)"  # the rest is for who diverges in this step
+    # The step and its mean; then, as vmap takes every branch, again without who diverged in it, and
+    # the step alone.
+    kernels = steps.programs(run("interpret"), args, keep)
+    assert kernels == ["population_converge (2, 1)"] * 2 + ["population_step (1, 6)"]
     assert ulps(run("interpret")(args, keep), run("xla")(args, keep)) <= ULPS
 
 
@@ -118,6 +120,33 @@ def test_derivative():
     assert ulps(grads["xla"], jax.grad(mean)(args)) < 1e3
     # Gradients of a member that is left out do nothing.
     assert not np.asarray(grads["xla"][2][1]).any()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+@pytest.mark.parametrize("when", ["before", "in this step"])
+def test_a_lost_member_takes_no_derivative_with_it(implementation, when):
+    """That in a rate which all share is what it is without the member."""
+    (rates, params, grads, moments), options = draw("adamw", (5, 12), "float64")
+    alive = jnp.arange(5) != 2
+    keep = alive if when == "before" else jnp.ones(5, bool)
+
+    def mean(rate, members, keep):
+        rates, params, grads, moments = members
+        args = ({**rates, "learning_rate": rate}, params, grads, moments)
+        return jnp.sin(converge(implementation, args, keep, options).params[0]).sum()
+
+    slope = lambda members, keep: jax.grad(mean)(0.1, members, keep)
+    found = slope((rates, params, grads.at[2, 3].set(jnp.nan), moments), keep)
+    rest = jax.tree.map(lambda x: x[alive], (rates, params, grads, moments))
+    np.testing.assert_allclose(found, slope(rest, jnp.ones(4, bool)), rtol=1e-12)
+
+
+def test_a_mean_of_nobody_has_the_derivative_of_the_step():
+    args, options = draw("adamw", (3, 4), "float64")
+    total = lambda out: jnp.sin(out.params).sum()
+    found = jax.grad(lambda args: total(converge("xla", args, jnp.zeros(3, bool), options)))(args)
+    expected = jax.grad(lambda args: total(apply("xla", args, options)))(args)
+    assert ulps(found, expected) < 100
 
 
 # ------------------------------------------------------------------------------------- rounding
