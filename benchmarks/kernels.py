@@ -10,10 +10,10 @@ Then the ops. An op's floor is the longer of its bytes at that bandwidth and its
 peak, where each array is read once and each result written once; arrays that stay in a cache can be
 faster than it. "xla" is the op's reference under jit, "kernel" the compiled kernel, and the share
 is that of the floor in their time. "bar" is what a kernel has to beat or nearly reach: a step by
-optax under vmap, one product of twice the width. On CPU there is no kernel: `auto` is XLA, and the command is
-the table of what XLA leaves. Shapes that are too large for tests are run as well, on CPU up to a
-quarter of a GiB of traffic. On an accelerator every kernel has to agree with the reference, after
-the memory that its results may lie in was filled with NaN.
+optax under vmap, one product of twice the width. On CPU there is no kernel: `auto` is XLA, and the
+command is the table of what XLA leaves. Shapes that are too large for tests are run as well, on CPU
+up to a quarter of a GiB of traffic. On an accelerator every kernel has to agree with the reference,
+after the memory that its results may lie in was filled with NaN.
 
 Last, the products of a population with one input, [rows, in] by [members, in, out]: XLA's share of
 the peak decides whether they get a kernel, which is below 80 % on an accelerator at 8 to 1,024
@@ -49,7 +49,7 @@ LARGEST = (2**28, 2**36)  # bytes and operations of one call on CPU: beyond the 
 MEMBERS = (8, 64) if CPU else (8, 64, 256, 1024)
 WIDTHS = (32, 128, 512)
 ROWS = 128
-# The least |kernel - reference| / |reference| that is a fault: roundings of the type, and for float32
+# From which |kernel - reference| / |reference| is a fault: roundings of the type, and for float32
 # the products of tensor cores, which round their factors to 11 bits.
 AGREE = {"float32": 5e-3, "bfloat16": 2e-2}
 OPTAX = {

@@ -162,15 +162,15 @@ def test_operands_that_vary_differently(platform, monkeypatch):
         return total(vector_update(x, r, x, r, 0.5, implementation="pallas"))
 
     def train(params, grads):
-        options = {"implementation": "pallas"}
-        return total(population_apply(Sgd(0.1), params, grads, (), **options).params)
+        step = partial(population_apply, Sgd(0.1), implementation="pallas")
+        return total(step(params, grads, ()).params)
 
     here, everywhere = (jax.ShapeDtypeStruct((n, 128), "float32") for n in (8, 1))
     for f in (solve, train):
 
         def both(varying, same, f=f):
-            value, slope = jax.value_and_grad(f)(varying, same)
-            return value[None], slope
+            value, slope = jax.jvp(partial(f, varying), (same,), (same,))
+            return value[None], slope[None]
 
         split = jax.shard_map(both, mesh=mesh("members"), in_specs=(on, all_alike), out_specs=on)
         traced = jax.jit(split).trace(here, everywhere)

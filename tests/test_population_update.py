@@ -238,7 +238,8 @@ def test_traffic_is_that_of_the_arrays():
     """Of every case without a stream that is only partly needed: all that goes in and comes out."""
     shape = (3, 1000)
     for name, case in cases.CASES.items():
-        arrays = case.make(jax.random.key(0), shape, jnp.float32)
+        dtype = case.dtypes[0]
+        arrays = case.make(jax.random.key(0), shape, dtype)
         out = jax.eval_shape(partial(case.run, "xla"), *arrays)
         rates, params, _, _, master = arrays
         moved = sum(x.nbytes for x in jax.tree.leaves(arrays)) - rates.nbytes
@@ -247,7 +248,7 @@ def test_traffic_is_that_of_the_arrays():
             moved -= params.nbytes  # its master is read in its place
         if name == "adamw clip":
             moved += params.nbytes  # the norm
-        table = case.traffic(shape, jnp.float32).bytes - moved
+        table = case.traffic(shape, dtype).bytes - moved
         assert 0 < table <= 4 * 3 * 12, name
 
 
