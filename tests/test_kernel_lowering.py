@@ -162,8 +162,8 @@ def test_operands_that_vary_differently(platform, monkeypatch):
         return total(vector_update(x, r, x, r, 0.5, implementation="pallas"))
 
     def train(params, grads):
-        step = partial(population_apply, Sgd(0.1), implementation="pallas")
-        return total(step(params, grads, ()).params)
+        step = partial(population_apply, Sgd(0.1, 0.9), implementation="pallas")
+        return total(step(params, grads, (grads,)))
 
     here, everywhere = (jax.ShapeDtypeStruct((n, 128), "float32") for n in (8, 1))
     for f in (solve, train):
