@@ -34,6 +34,11 @@ from ._forecast import forecast as forecast
 from ._forecast import largest_fit as largest_fit
 from ._forward_sharing import SharingInfo as SharingInfo
 from ._forward_sharing import forward_sharing as forward_sharing
+from ._fused import FusedState as FusedState
+from ._fused import FusedTransformation as FusedTransformation
+from ._fused import fused_adam as fused_adam
+from ._fused import fused_adamw as fused_adamw
+from ._fused import fused_sgd as fused_sgd
 from ._implicit import Adjoint as Adjoint
 from ._implicit import AdjointInfo as AdjointInfo
 from ._implicit import ImplicitResponse as ImplicitResponse

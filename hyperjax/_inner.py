@@ -7,6 +7,7 @@ import jax
 import optax
 
 from . import _checks, _tree
+from ._fused import FusedTransformation
 from ._types import Batch, HParams, Loss, Optimality, Params, PyTree
 
 
@@ -45,8 +46,7 @@ def inner(loss: Loss, optimizer: Callable[[HParams], optax.GradientTransformatio
 
     def step(state: InnerState, hparams: HParams, batch: Batch) -> InnerState:
         grads = gradient(state.params, hparams, batch)
-        updates, opt_state = optimizer(hparams).update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state = _apply(optimizer(hparams), grads, state)
         # A hyperparameter in higher precision must not promote what it trains.
         return _cast_like(InnerState(params, opt_state), state)
 
@@ -60,6 +60,15 @@ def stationary(loss: Loss) -> Optimality:
     approaches: the loss over the whole training set rather than over a minibatch.
     """
     return jax.grad(_checks.scalar_loss("stationary", "loss", loss))
+
+
+def _apply(
+    transform: optax.GradientTransformation, grads: Params, state: InnerState
+) -> tuple[Params, PyTree]:
+    if isinstance(transform, FusedTransformation):
+        return transform.apply(grads, state.opt_state, state.params)
+    updates, opt_state = transform.update(grads, state.opt_state, state.params)
+    return optax.apply_updates(state.params, updates), opt_state
 
 
 def _cast_like(tree: PyTree, like: PyTree) -> PyTree:

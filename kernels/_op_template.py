@@ -21,8 +21,9 @@ SHAPES = {"one": (1, 1), "odd": (7, 3), "ragged": (129, 257), "layer": (256, 512
 # bfloat16. Arrays that do not fill their last block are padded on reading, cut on writing.
 BLOCK = (128, 128)
 
-# Where the compiled body may run. `pallas_call` on GPU is deprecated in the versions of JAX we
-# support; an op that wants one brings a second body, written with `pallas.mosaic_gpu.kernel`.
+# Where the compiled body may run. On a GPU `pallas_call` needs Triton's `CompilerParams` (without
+# them it goes to Mosaic GPU, which is deprecated) and masks where blocks are not full: an op that
+# wants one brings a second body, as in `_vector_update.py`.
 PLATFORMS = ("tpu",)
 
 

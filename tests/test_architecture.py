@@ -25,7 +25,7 @@ LAYERS = (
     ("_tree",),
     ("_checks",),
     ("layers",),
-    ("_ranges", "_fan_out"),
+    ("_ranges", "_fan_out", "_fused"),
     (
         "_space",
         "_inner",
@@ -246,6 +246,14 @@ def test_data_files_are_packaged():
 
 def test_version_is_that_of_the_project():
     assert hyperjax.__version__ == project()["project"]["version"]
+
+
+def test_pallas_is_loaded_by_who_uses_it(tmp_path):
+    """It takes a third of the time of importing JAX."""
+    code = "import hyperjax, sys; print([name for name in sys.modules if 'pallas' in name])"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_kernels_alone_is_refused():

@@ -123,8 +123,8 @@ def test_nan_stays_in_its_row():
 def test_refusals_name_the_argument():
     x, w, v, s, b, c = draw(module.SHAPES["odd"])
     refused = {
-        r"`implementation` is 'pallas', expected \('auto', 'xla'\)": lambda: call(
-            x, w, v, s, b, c, "pallas"
+        r"`implementation` is 'triton', expected \('auto', 'xla', 'pallas', 'int": lambda: call(
+            x, w, v, s, b, c, "triton"
         ),
         r"`x` and `weight` have shapes \(7, 3\) and \(5, 3\)": lambda: call(
             x[:, :3], w, v, s, b, c

@@ -8,7 +8,7 @@ from jax import lax
 
 from .. import _checks, _tree
 from .._types import LinearSolve, MatVec, Params, Preconditioner, Scalar, SolveInfo
-from ._common import damped, preconditioned, residual, scaled, start_from
+from ._common import advance, damped, preconditioned, residual, scaled, start_from
 
 
 def cg(
@@ -93,8 +93,8 @@ def _cg_step(matvec: MatVec, precondition: MatVec, s: _CG) -> _CG:
     # does a preconditioner that is not positive definite.
     usable = (curvature > 4 * jnp.finfo(pap.dtype).eps * high) & (s.rz > 0)
     step = jnp.where(usable, s.rz / jnp.where(usable, pap, 1), 0)
-    x, r = _tree.axpy(step, s.p, s.x), _tree.axpy(-step, ap, s.r)
-    rr = jnp.where(usable, _tree.dot(r, r), s.rr)
+    x, r, rr, _ = advance(step, s.x, s.r, s.p, ap)
+    rr = jnp.where(usable, rr, s.rr).astype(s.rr.dtype)
     z = precondition(r)
     rz = _tree.dot(r, z)
     better = usable & (rr < s.best_rr)

@@ -1,9 +1,14 @@
 """What solves share."""
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
+
+from hyperjax import kernels
 
 from .. import _tree
 from .._types import MatVec, Params, Preconditioner, Scalar
@@ -42,6 +47,21 @@ def damped(matvec: MatVec, damping: float | Scalar) -> MatVec:
     if isinstance(damping, int | float) and damping == 0:
         return matvec
     return lambda v: _tree.axpy(damping, v, matvec(v))
+
+
+def advance(
+    step: Scalar | float, x: Params, r: Params, p: Params, q: Params
+) -> tuple[Params, Params, Scalar, Scalar]:
+    """x + step p, r - step q, the square of the latter's norm, and p'q: one pass over each leaf."""
+    rest = (_tree.cast_like(y, x) for y in (r, p, q))
+    done = jax.tree.map(functools.partial(kernels.vector_update, step=step), x, *rest)
+    whole = lambda part: isinstance(part, kernels.VectorUpdate)
+    new_x, new_r, rr, pq = (
+        jax.tree.map(operator.attrgetter(name), done, is_leaf=whole)
+        for name in ("x", "r", "rr", "pq")
+    )
+    total = lambda terms: functools.reduce(operator.add, jax.tree.leaves(terms))
+    return new_x, new_r, total(rr), total(pq)
 
 
 def preconditioned(

@@ -7,7 +7,7 @@ from jax import lax
 
 from .. import _checks, _tree
 from .._types import LinearSolve, MatVec, Params, Scalar, SolveInfo
-from ._common import scaled, start_from
+from ._common import advance, scaled, start_from
 
 
 def neumann(
@@ -48,14 +48,14 @@ def neumann(
         x, r, count = start_from(matvec, unit, size, x0)
 
         def body(state, _):
-            x, r, low = state  # r is the residual b - A x
-            ar, rr = matvec(r), _tree.dot(r, r)
-            curvature = _tree.dot(r, ar) / jnp.where(rr > 0, rr, 1)
+            x, r, rr, low = state  # r is the residual b - A x
+            x, new, square, curved = advance(step, x, r, r, matvec(r))
+            curvature = (curved / jnp.where(rr > 0, rr, 1)).astype(low.dtype)
             low = jnp.where(rr > 0, jnp.minimum(low, curvature), low)  # r = 0 has no curvature
-            return (_tree.axpy(step, r, x), _tree.axpy(-step, ar, r), low), None
+            return (x, new, square.astype(rr.dtype), low), None
 
-        infinite = _tree.dot(r, r) * 0 + jnp.inf
-        (x, r, low), _ = lax.scan(body, (x, r, infinite), None, length=terms)
+        rr = _tree.dot(r, r)
+        (x, r, _, low), _ = lax.scan(body, (x, r, rr, rr * 0 + jnp.inf), None, length=terms)
         return _tree.scale(size, x), SolveInfo(count + terms + spent, _tree.norm(r), low)
 
     return solve
