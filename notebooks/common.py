@@ -18,7 +18,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "benchmarks"))
 
-import _measure  # noqa: E402
+import _measure
 
 FULL = "--full" in sys.argv or os.environ.get("HYPERJAX_FULL") == "1"
 DATA = bool(os.environ.get("HYPERJAX_DATA"))  # a folder with the data sets, which loaders read
