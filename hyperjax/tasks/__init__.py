@@ -38,6 +38,9 @@ from ._denoising import fields_of_experts as fields_of_experts
 from ._denoising import total_variation as total_variation
 from ._digits import digit_images as digit_images
 from ._digits import digits as digits
+from ._ett import Series as Series
+from ._ett import ett as ett
+from ._ett import lagged as lagged
 from ._few_shot import Labelled as Labelled
 from ._few_shot import episodes as episodes
 from ._few_shot import omniglot as omniglot
@@ -79,6 +82,8 @@ from ._representation import meta_batches as meta_batches
 from ._representation import meta_split as meta_split
 from ._representation import meta_tasks as meta_tasks
 from ._representation import representation_losses as representation_losses
+from ._shakespeare import Characters as Characters
+from ._shakespeare import shakespeare as shakespeare
 from ._task import Task as Task
 from ._task import check_task as check_task
 from ._text import Corpus as Corpus

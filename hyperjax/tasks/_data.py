@@ -171,6 +171,22 @@ CONCRETE = DataFile(
     "UCI Concrete Compressive Strength, I-C. Yeh 1998, in treforevans/uci_datasets",
     "CC BY 4.0",
 )
+ETT_H1 = DataFile(
+    "ett-h1",
+    "ett/ETTh1.csv",
+    2_589_657,
+    "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066",
+    "ETTh1 of H. Zhou et al. 2021, zhouhaoyi/ETDataset on GitHub, ETT-small/",
+    "CC BY-ND 4.0",
+)
+SHAKESPEARE = DataFile(
+    "tinyshakespeare",
+    "tinyshakespeare/input.txt.gz",
+    1_115_394,
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    "Tiny Shakespeare, karpathy/char-rnn on GitHub, data/tinyshakespeare/input.txt",
+    "text in the public domain, repository MIT",
+)
 _MNIST_FILES = (MNIST_TRAIN_IMAGES, MNIST_TRAIN_LABELS, MNIST_TEST_IMAGES, MNIST_TEST_LABELS)
 _TEXTS = (BANKING_TRAIN, BANKING_TEST, CLINC, WIKITEXT_VALID, WIKITEXT_TEST)
 _OUTSIDE = (
@@ -183,6 +199,8 @@ _OUTSIDE = (
     CIFAR_TRAIN,
     CIFAR_TEST,
     CONCRETE,
+    ETT_H1,
+    SHAKESPEARE,
 )
 
 
