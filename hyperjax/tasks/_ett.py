@@ -20,7 +20,8 @@ class Series(NamedTuple):
 def ett(data_dir: str | Path | None = None) -> Series:
     """ETTh1: six loads and the oil temperature "OT" of one transformer, 17,420 hours.
 
-    From July 2016. The customary split is by time: 12 months (of 30 days) to train, 4 to validate, 4 to test.
+    They begin in July 2016. The customary split is by time: 12 months of 30 days to train, 4 to
+    validate, 4 to test.
 
     Source: H. Zhou et al. 2021 (arXiv 2012.07436), CC BY-ND 4.0, read from `data_dir` or the folder
     that the environment variable HYPERJAX_DATA names. Raises DataError if the file is missing or
