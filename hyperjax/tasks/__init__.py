@@ -93,6 +93,8 @@ from ._text import encode as encode
 from ._text import tokenized as tokenized
 from ._text import vocabulary as vocabulary
 from ._text import words as words
+from ._uci import Regression as Regression
+from ._uci import uci as uci
 from ._weight_penalties import small_mnist as small_mnist
 from ._weight_penalties import weight_penalties as weight_penalties
 from ._wikitext import Prose as Prose
