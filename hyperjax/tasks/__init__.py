@@ -50,6 +50,7 @@ from ._images import digit_mosaics as digit_mosaics
 from ._images import kodak as kodak
 from ._images import psnr as psnr
 from ._images import read_image as read_image
+from ._images import ssim as ssim
 from ._intents import banking77 as banking77
 from ._intents import banking77_cleaning as banking77_cleaning
 from ._intents import clinc150 as clinc150
