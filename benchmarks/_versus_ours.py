@@ -49,15 +49,15 @@ METHODS: dict[str, tuple[Method, ...]] = {
     ),
     "digits": (
         Method("unroll, population of 8", "unroll", 8, 21, 30, 0.1),
-        Method("unroll", "unroll", 1, 21, 30, 0.1),
+        Method("unroll, whole trainings", "unroll", 1, 630, 8, 0.5, whole=True),
     ),
     "text": (
+        Method("unroll, whole trainings", "unroll", 1, 180, 10, 0.5, whole=True),
         Method("unroll, population of 8", "unroll", 8, 10, 18, 0.1),
-        Method("unroll", "unroll", 1, 10, 18, 0.1),
     ),
     "mnist": (
         Method("unroll, population of 8", "unroll", 8, 10, 18, 0.1),
-        Method("unroll", "unroll", 1, 10, 18, 0.1),
+        Method("unroll, whole trainings", "unroll", 1, 180, 12, 0.5, whole=True),
     ),
 }
 
