@@ -5,7 +5,7 @@ with the scripts of the notebooks, which the site shows as pages without running
 """
 
 import importlib.metadata
-import shutil
+import re
 import sys
 from pathlib import Path
 
@@ -41,9 +41,9 @@ def make_pages(app) -> None:
     folder = HERE / "notebooks"
     folder.mkdir(exist_ok=True)
     for script in (HERE.parent / "notebooks").glob("[0-9]*.py"):
-        copy = folder / script.name
-        if not copy.exists() or copy.read_bytes() != script.read_bytes():
-            shutil.copyfile(script, copy)
+        text = script.read_text().replace("](../docs/", "](../")  # links from beside docs/
+        text = re.sub(r"\[([^\]\n]+)\]\(\.\./(?!\w+\.md)[^)]*\)", r"\1", text)  # to other folders
+        reference.update(folder / script.name, text)
 
 
 def setup(app) -> None:

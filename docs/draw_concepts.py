@@ -50,7 +50,9 @@ def main() -> None:
         left.plot(near, value + slope * (near - AT), style, color=colour, lw=1.8, label=name)
     points = jnp.linspace(AT - 0.7, AT + 0.7, 4)
     line = jnp.polyfit(points, jax.vmap(lambda x: trained(run, x))(points), 1)
-    left.plot(near, jnp.polyval(line, near), ":", color=PURPLE, lw=2.2, label="best response, fitted")
+    left.plot(
+        near, jnp.polyval(line, near), ":", color=PURPLE, lw=2.2, label="best response, fitted"
+    )
     left.plot(AT, value, "o", color="black", ms=6)
     left.set(xlabel="hyperparameter h, log of the penalty", ylabel="trained parameter w(h)")
     left.set(title="A response, and ways to give it a derivative", ylim=(0, 1))

@@ -52,10 +52,10 @@ def write(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     rows = []
     for module in MODULES:
-        _update(folder / f"{module}.md", page(module))
+        update(folder / f"{module}.md", page(module))
         rows.append(f"| [`{module}`]({module}.md) | {_title(importlib.import_module(module))} |")
     listed = "\n".join(MODULES)
-    _update(
+    update(
         folder / "index.md",
         "# API reference\n\nEvery public name, from its docstring.\n\n| module | |\n|---|---|\n"
         + "\n".join(rows)
@@ -63,7 +63,7 @@ def write(folder: Path) -> None:
     )
 
 
-def _update(path: Path, text: str) -> None:
+def update(path: Path, text: str) -> None:
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 
@@ -163,7 +163,8 @@ def entry(name: Name) -> str:
     if isinstance(node, ast.ClassDef):
         parts = [text, fields(name), *_methods(node), where]
         return _directive("class", short, "\n\n".join(p for p in parts if p))
-    definition = f"```python\n{ast.get_source_segment(_source(name.home), node)}\n```"
+    lines = (ast.get_source_segment(_source(name.home), node) or "").splitlines()
+    definition = f"```python\n{lines[0]}{' ...' if len(lines) > 1 else ''}\n```"
     return _directive("data", short, f"{definition}\n\n{text}\n\n{where}")
 
 

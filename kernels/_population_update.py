@@ -140,6 +140,8 @@ def population_converge(
     in that step only. If none is left, everybody keeps params of their own.
 
     Moments are those of every member, also where they are lost; `sound` says whose are not.
+
+    Raises ValueError for shapes that do not fit, unknown names, and "pallas" where it cannot run.
     """
     where = "population_converge"
     plan, table, seeds, streams = _prepare(where, rule, "params", params, grads, moments, max_norm,

@@ -36,6 +36,8 @@ LANES, ROWS, ALIGN = 128, 512, 16  # of a TPU: a block is [ROWS, LANES], rows a 
 
 
 class VectorUpdate(NamedTuple):
+    """What `vector_update` returns: the new vectors, r'r and p'q."""
+
     x: jax.Array
     r: jax.Array
     rr: jax.Array  # r'r' of the new r, in float32 at least
