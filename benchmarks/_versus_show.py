@@ -115,7 +115,7 @@ def verdicts(result: dict[str, Any]) -> str:
             held += i == 0 and ours["held"]
             lines.append(f"| {' | '.join([*cells, verdict(ours, i)])} |")
     count = len(result["tasks"])
-    lines.append(f"\nReached by the first of ours on {held} problems of {count}.")
+    lines.append(f"\nReached by the first of ours: {held} of {count}.")
     return "\n".join(lines) + "\n"
 
 
@@ -146,7 +146,7 @@ def finals(result: dict[str, Any]) -> str:
     cores, jax = result["env"]["cores"], result["env"]["versions"]["jax"]
     lines.append(
         f"\nMean ± standard error over {seeds} seeds; seconds a seed of one core without "
-        f"compilation; {cores} CPU core, JAX {jax}."
+        f"compilation; CPU cores used: {cores}, JAX {jax}."
     )
     return "\n".join(lines) + "\n"
 
@@ -189,7 +189,9 @@ def draw(name: str, found: dict[str, Any], folder: Path = ROOT / "docs" / "image
         axes[1].set(xlabel="seconds of one core, without compilation")
         axes[0].set_title(found["title"])
         axes[0].set_ylim(_limits(found))
-        axes[1].legend(fontsize=8)
+        handles, labels = axes[0].get_legend_handles_labels()
+        room = {"ncols": 5, "fontsize": 8, "columnspacing": 1.0, "handlelength": 1.5}
+        figure.legend(handles, labels, loc="outside lower center", **room)
         path = folder / f"versus_{name}.png"
         figure.savefig(path, dpi=100)
         plt.close(figure)
@@ -213,7 +215,7 @@ def _band(axis, runs: list, by: int, label: str, line: dict) -> None:
     x, mean, error = mean_curve(runs, by)
     label = label if "zorder" not in line else f"hyperjax: {label}"
     axis.step(x, mean, where="post", label=label, **line)
-    colour = {"color": line["color"], "alpha": 0.15, "linewidth": 0}
+    colour = {"color": line["color"], "alpha": 0.2 if "zorder" in line else 0.1, "linewidth": 0}
     axis.fill_between(x, mean - error, mean + error, step="post", **colour)
 
 
