@@ -182,6 +182,7 @@ left.plot(found[0]["models"][:, 1], found[0]["models"][:, 2], "o", color=GREY, a
 left.plot([], [], "o", color=GREY, label=f"each of {MODELS} models")
 for name in NAMES[1:]:
     left.plot(*percent[name][0, 1:], "D", color=COLOURS[name], ms=9, label=name)
+left.set(xlim=(found[0]["models"][:, 1].min() - 2.5, None))  # room for the legend
 left.set(xlabel="accuracy on test images, %", ylabel="accuracy on shifted test images, %")
 left.set_title("This run, its first seed")
 left.legend(fontsize=9, loc="lower left")

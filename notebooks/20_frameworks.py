@@ -102,8 +102,8 @@ def arrays(weights):
 
 
 # %% [markdown]
-# **Flax NNX.** `split` takes the module apart; `copy=True` makes variables that belong to the trace
-# at hand, without which a module that is merged inside `scan` or a derivative may leak them.
+# **Flax NNX.** `split` takes the module apart; `copy=True` makes new variables, which a module with
+# state may then update inside `scan` or a derivative.
 
 # %%
 
