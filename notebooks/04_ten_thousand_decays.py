@@ -44,7 +44,7 @@ import hyperjax as hj
 from hyperjax import tasks
 
 LARGE = FULL and DATA
-SEEDS, HIDDEN, OUTER = (5, 32, 400) if LARGE else (1, 140, 150)
+SEEDS, HIDDEN, OUTER = (5, 32, 250) if LARGE else (1, 140, 150)
 ROWS, INNER, TERMS = 50, 30, (0, 20)
 
 
@@ -161,7 +161,7 @@ _ = right.legend()
 # %% [markdown]
 # The validation set is learnt by heart, through the decays alone: no gradient of it ever touched a
 # weight. That is what the paper set out to show, that so many hyperparameters can be *optimized*;
-# images that nobody tuned on gain nothing. The longer series brings a lower loss for more products.
+# images that nobody tuned on gain little. The longer series brings a lower loss for more products.
 # What it costs, beside training:
 
 # %%

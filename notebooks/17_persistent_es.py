@@ -151,7 +151,7 @@ looks = zip(paths.items(), COLOURS, ("-", ":", "-", "--", ":"), strict=False)
 for (name, path), colour, line in looks:
     band(left, np.arange(UPDATES), path, name, colour, ls=line)
 left.axhline(best, color=GREY, lw=1)
-left.text(UPDATES, best - 0.08, "best", color=GREY, ha="right")
+left.text(UPDATES, best - 0.1, "best", color=GREY, ha="right")
 left.set(xlabel="update, one training step each", ylabel=r"$\theta$", ylim=(-0.3, 1.2))
 left.set_title("Truncation leaves, persistence arrives")
 left.legend(loc="upper right")
@@ -160,9 +160,10 @@ recorded = benchmark("influence_balancing")
 rows = [r for r in recorded["rows"] if r["name"] in {*paths, "full ES"}]
 means, errors = zip(*(mean_and_error(r["mean_loss"]) for r in rows), strict=True)
 right.barh([r["name"] for r in rows][::-1], means[::-1], xerr=errors[::-1], color=SKY)
+right.set_axisbelow(True)
 right.axvline(recorded["exact"]["mean_loss"], color=GREY, label="best possible")
 right.set(xscale="log", xlabel="mean loss of an episode, 5 seeds", xlim=(0.08, 500))
-right.set_title("benchmarks/influence_balancing.py")
+right.set_title("On record: influence_balancing.json")
 _ = right.legend()
 
 # %% [markdown]
