@@ -115,6 +115,7 @@ bins = np.linspace(0, 2, 30)
 right.hist(weights[~wrong], bins, color=BLUE, alpha=0.7, label="right labels")
 right.hist(weights[wrong], bins, color=RED, alpha=0.7, label="wrong labels")
 right.set(xlabel="weight of an example, 1 at the start", ylabel="examples", title="At the end")
+right.set_axisbelow(True)
 _ = right.legend()
 
 # %% [markdown]
@@ -137,16 +138,22 @@ left.errorbar(
     color=BLUE,
     label="cleaned",
 )
-for name, label, colour in (("everything", "all labels", RED), ("clean", "oracle", GREEN)):
+short = {
+    "everything": ("all labels", RED),
+    "valid": ("clean ones", GREY),
+    "clean": ("oracle", GREEN),
+}
+for name, (label, colour) in short.items():
     left.axvline(mnist["baselines"][name]["mean"], color=colour, ls=":", label=label)
 left.set(xlabel="test accuracy, MNIST, 5 seeds", title="Which method hardly matters")
-left.legend(fontsize=9, loc="center")
-for row, colour in zip(text["cleaning 0.3"], COLOURS, strict=False):
+left.legend(fontsize=9, loc="center left")
+order = sorted(text["cleaning 0.3"], key=lambda row: row["method"] == "none")  # the last one, grey
+for row, colour in zip(order, COLOURS, strict=True):
     every = [next(r for r in rows if r["method"] == row["method"]) for rows in text.values()]
     levels = [float(name.split()[1]) for name in text]
     points = sorted(zip(levels, (r["test_accuracy"]["mean"] for r in every), strict=True))
-    style = {"ls": ":", "color": GREY} if row["method"] == "none" else {"color": colour}
-    right.plot(*zip(*points, strict=True), marker="o", label=row["method"], **style)
+    line = ":" if row["method"] == "none" else "-"
+    right.plot(*zip(*points, strict=True), line, marker="o", color=colour, label=row["method"])
 right.set(xlabel="labels drawn anew", ylabel="test accuracy, 10 intents, 5 seeds")
 right.set(title="BANKING77: a few points", xticks=(0.2, 0.3, 0.4))
 _ = right.legend(fontsize=9, ncol=2)
