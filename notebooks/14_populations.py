@@ -222,12 +222,20 @@ _ = axes.legend(loc="lower left", ncols=3, fontsize=9)
 
 # %% [markdown]
 # The red line is all that the population knows and one run can use: `hj.replay` trains along it,
-# and `hj.schedule(values, every=20)` hands it to any optax optimizer.
+# and `hj.schedule(values, every=20)` hands it to any optax optimizer. What it is worth on data and
+# weights that it has not seen, and whether the population beats as many members that never exchange
+# (random search), is in the record of the full setting: on digits, with one rate to find, the
+# population does not.
 
 # %%
 toy_mean, toy_error = mean_and_error(pbt[:, -1])
 worst = max(row["replay_differs_by"] for row in found)
 reproduced = toy_mean > 1.199 and worst < 1e-9 and benchmark("pb2")["apart_at_4"]
+gap = (0.0, 1.0)
+if FULL:
+    gap = mean_and_error([row["random_search"] - row["test"] for row in found])
+    for name in ("test", "replayed_anew", "random_search"):
+        print(f"test loss, {name:15}{np.mean([row[name] for row in found]):8.4f}")
 record(
     "14_populations",
     {
@@ -240,9 +248,11 @@ record(
         "digits": found,
         "paper": "arXiv 1711.09846, a figure without numbers: the optimum is 1.2, grid search ends "
         "near 0.4; arXiv 2002.02518: PB2 above PBT with 4 members, on other tasks",
-        "verdict": "reproduced" if reproduced else "partly",
+        "random_search_minus_PBT_on_digits": gap,
+        "verdict": "not" if not reproduced else "reproduced" if gap[0] > 2 * gap[1] else "partly",
         "rule": "toy mean above 1.199, replays equal to 1e-9, intervals of PB2, PBT and fixed "
-        "rates apart with 4 members (benchmarks/pb2.py)",
+        "rates apart with 4 members (benchmarks/pb2.py); partly: without PBT below random search "
+        "on digits by two standard errors",
     },
 )
 assert toy_mean > 1.199 and np.allclose(grid[:, -1], closed_form), (toy_mean, grid[:, -1])
