@@ -248,7 +248,7 @@ def mnist(folder: str | None) -> Problem:
         title="MNIST: convolutional net, 9 hyperparameters",
         space=tasks.digits().space,
         steps=180,
-        trainings=40,
+        trainings=30,
         together=1,
         rows=(size, 1_000),
         data=data,
