@@ -110,8 +110,9 @@ for name, (values, copied) in {
 #
 # The command runs a task of one's own, here the regression again, as it would on two hosts. Process
 # 0 writes logs, both write checkpoints, here at every update. One process gets SIGKILL as soon as
-# a chosen checkpoint is there. The other one notices and ends; `hyperjax resume RUN` goes on from
-# the newest checkpoint, on as many devices as before, in one process or in two.
+# a chosen checkpoint is there. The other one notices and ends, or, if it waits inside a checkpoint,
+# is ended after five seconds, as a scheduler would. `hyperjax resume RUN` goes on from the newest
+# checkpoint, on as many devices as before, in one process or in two.
 
 # %%
 TASK = """
@@ -183,15 +184,19 @@ def finish(started):
 
 
 def killed(run, victim, update):
-    """Exit codes of a run of two processes, one of which is killed at an update, and seconds."""
+    """How a run of two processes ends, one of which is killed at an update."""
     started = start(*TUNE, "--out", str(run), processes=2)
     while not (run / "checkpoints" / str(update)).exists():
         assert all(p.poll() is None for p in started), (folder / "log.txt").read_text()
         time.sleep(0.005)
     started[victim].send_signal(signal.SIGKILL)
     assert started[victim].wait() == -signal.SIGKILL
-    began = time.perf_counter()
-    return started[1 - victim].wait(timeout=150), time.perf_counter() - began
+    try:
+        code = started[1 - victim].wait(timeout=5)
+    except subprocess.TimeoutExpired:  # in the middle of a checkpoint JAX waits for 100 seconds
+        started[1 - victim].kill()
+        code = started[1 - victim].wait()
+    return {3: "noticed", -signal.SIGABRT: "ended by JAX", -signal.SIGKILL: "ended by us"}[code]
 
 
 def metrics(run):
@@ -213,12 +218,11 @@ whole, rows_found = outcome(folder / "whole"), []
 KILLS = [(1, 4, 1), (0, 2, 1), (1, 7, 2), (0, 9, 2), (1, 11, 1)]  # victim, update, resumed on
 for victim, update, again in KILLS[: None if FULL else 1]:
     run = folder / f"killed-{victim}-{update}"
-    code, seconds = killed(run, victim, update)
+    other = killed(run, victim, update)
     saved = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
-    logged = len(metrics(run)) // 16
     finish(start("resume", str(run), processes=again))
     rows_found.append(
-        {"victim": victim, "update": update, "survivor_code": code, "survivor_s": seconds,
+        {"victim": victim, "update": update, "the_other": other,
          "resumed_from": saved, "resumed_on": again, "equal": outcome(run) == whole}
     )  # fmt: skip
     print(rows_found[-1])
@@ -280,5 +284,4 @@ record(
 )
 assert max(apart.values()) < 1e-12, apart
 assert all(row["equal"] for row in rows_found), rows_found
-assert all(row["survivor_code"] in (3, -signal.SIGABRT) for row in rows_found), rows_found
 print("reached: devices change rounding alone, and killed runs end with the same bits")
