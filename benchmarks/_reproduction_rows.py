@@ -125,6 +125,22 @@ ROWS = (
         },
     ),
     Row(
+        "Short horizons, 1803.02021",
+        "greedy rates fall too soon and lose",
+        "figures of a noisy quadratic",
+        "notebooks/03_schedules_by_unrolling",
+        "the same problem, 5 seeds",
+        {
+            "greedy": "noisy_quadratic/1 steps ahead",
+            "whole": "noisy_quadratic/250 steps ahead",
+            "early": "rate_halfway/1 steps ahead",
+            "late": "rate_halfway/250 steps ahead",
+        },
+        "loss {greedy:.2f} one step ahead, {whole:.2f} over the whole run; rates halfway "
+        "{early:.2f} and {late:.2f}",
+        {"greedy loses": "greedy > whole", "rates 10 times smaller halfway": "late > 10 * early"},
+    ),
+    Row(
         "Forward and reverse hypergradients, 1703.01785",
         "both modes compute the same number",
         "exact",

@@ -3,7 +3,8 @@
     python benchmarks/reproductions.py
 
 Writes docs/reproductions.md and the short table of the README; a test fails when either is stale.
-A second to run: nothing is measured. The rows are in `_reproduction_rows.py`.
+A second to run: nothing is measured. The rows are in `_reproduction_rows.py`; records of notebooks
+bring their own, with paper, rule and verdict.
 
 A verdict counts comparisons of the numbers in a record, which stand in the row and were fixed as
 targets before or with the benchmark: all hold, "reproduced"; some, "partly", and those that do not
@@ -23,13 +24,13 @@ from _reproduction_rows import OWN, ROWS, Row
 
 PAGE = _measure.ROOT / "docs" / "reproductions.md"
 README = _measure.ROOT / "README.md"
-BEGIN, END = "<!-- reproductions:begin", "<!-- reproductions:end -->"
+BEGIN, END = "<!-- {}:begin", "<!-- {}:end -->"
 FOLDERS = {"benchmarks": _measure.RESULTS, "notebooks": _measure.ROOT / "notebooks" / "results"}
 
 
 def main() -> None:
-    for page, short in ((PAGE, False), (README, True)):
-        page.write_text(with_table(page.read_text(), short))
+    for page in (PAGE, README):
+        page.write_text(with_tables(page))
 
 
 # ---- numbers ------------------------------------------------------------------------------------
@@ -106,12 +107,40 @@ def verdict(row: Row, found: dict[str, Any]) -> tuple[str, list[str]]:
 # ---- the table ----------------------------------------------------------------------------------
 
 
-def with_table(page: str, short: bool) -> str:
-    """The page with the table between its two marks."""
-    before, rest = page.split(BEGIN, 1)
+def with_tables(page: Path) -> str:
+    """The page with the tables between their marks; the one of the README is short."""
+    text = _put(page.read_text(), "reproductions", markdown(short=page == README))
+    return text if page == README else _put(text, "notebooks", notebooks())
+
+
+def _put(page: str, name: str, table: str) -> str:
+    begin, end = BEGIN.format(name), END.format(name)
+    before, rest = page.split(begin, 1)
     mark, rest = rest.split("\n", 1)
-    after = rest.split(END, 1)[1]
-    return f"{before}{BEGIN}{mark}\n{markdown(short)}{END}{after}"
+    return f"{before}{begin}{mark}\n{table}{end}{rest.split(end, 1)[1]}"
+
+
+def notebooks() -> str:
+    """What the full settings of the notebooks have left: verdicts by their own rules."""
+    lines = ["| notebook | paper | rule | verdict | full setting |", "|---|---|---|---|---|"]
+    for path in sorted(FOLDERS["notebooks"].glob("*.json")):
+        data = json.loads(path.read_text())
+        script = _measure.ROOT / "notebooks" / f"{path.stem}.py"
+        title = re.search(r"^# # (.+)$", script.read_text(), re.M)
+        cells = [title[1] if title else path.stem, _linked(_told(data["paper"])), data["rule"]]
+        cells += [f"**{data['verdict']}**", f"`python notebooks/{script.name} --full`"]
+        cells[-1] += f", {data['seconds']:.0f} s"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _told(paper: Any) -> str:
+    """`paper` of a record, a sentence or a tree of them, in one line."""
+    if isinstance(paper, dict):
+        return "; ".join(f"{name}: {_told(value)}" for name, value in paper.items())
+    if isinstance(paper, list):
+        return ", ".join(map(_told, paper))
+    return f"{paper:.4g}" if isinstance(paper, float) else str(paper)
 
 
 def markdown(short: bool) -> str:
@@ -171,11 +200,10 @@ def _program(folder: Path, stem: str) -> Path:
 
 
 def unaccounted() -> list[str]:
-    """Records that have neither a row nor a place among our own."""
-    rowed = {row.record for row in ROWS}
-    found = [f"{name}/{p.stem}" for name, at in FOLDERS.items() for p in sorted(at.glob("*.json"))]
-    own = {f"benchmarks/{name}" for name in OWN}
-    return [name for name in found if name not in rowed | own]
+    """Records of benchmarks that have neither a row nor a place among our own."""
+    rowed = {row.record.partition("/")[2] for row in ROWS}
+    found = [path.stem for path in sorted(FOLDERS["benchmarks"].glob("*.json"))]
+    return [name for name in found if name not in rowed | set(OWN)]
 
 
 if __name__ == "__main__":

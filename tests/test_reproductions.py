@@ -1,6 +1,7 @@
 """The table of reproductions is the one of the committed records, and its verdicts are computed."""
 
 import importlib
+import json
 import math
 from pathlib import Path
 
@@ -16,9 +17,8 @@ def table(monkeypatch):
 
 
 def test_the_tables_are_those_of_the_records(table):
-    for page, short in ((table.PAGE, False), (table.README, True)):
-        text = page.read_text()
-        assert table.with_table(text, short) == text, "run python benchmarks/reproductions.py"
+    for page in (table.PAGE, table.README):
+        assert table.with_tables(page) == page.read_text(), "run python benchmarks/reproductions.py"
 
 
 def test_every_record_has_a_row_or_is_a_measurement_of_our_own(table):
@@ -30,6 +30,13 @@ def test_commands_name_programs_that_exist(table):
     for row in table.ROWS:
         program = table.command(row).split()[1]
         assert (ROOT / program).is_file(), row.record
+
+
+def test_records_of_notebooks_say_by_which_rule(table):
+    for path in table.FOLDERS["notebooks"].glob("*.json"):
+        data = json.loads(path.read_text())
+        assert data["verdict"] in ("reproduced", "partly", "not"), path.stem
+        assert data["rule"] and data["paper"] and data["seeds"], path.stem
 
 
 def test_every_number_of_a_row_is_used(table):
