@@ -23,6 +23,7 @@ exclude_patterns = ["_build", "*.py", "images"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # pytest runs the code on these pages, CI the notebooks
+smartquotes = False  # p'Ap is a product
 nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
 python_maximum_signature_line_length = 88
 

@@ -1,6 +1,7 @@
 """Every public name is in the reference, with a docstring that says what it raises."""
 
 import ast
+import doctest
 import importlib
 import inspect
 import re
@@ -67,6 +68,17 @@ def raises(function: ast.FunctionDef) -> bool:
         if isinstance(node, ast.Raise) or re.match(r"_?checks?\.|_check", called):
             return True
     return False
+
+
+@by_module()
+def test_examples_in_docstrings_run(module):
+    parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(verbose=False)
+    for name in reference.names(module):
+        text = reference.documentation(name)
+        if ">>>" in text:
+            report = []
+            runner.run(parser.get_doctest(text, {}, name.path, None, 0), out=report.append)
+            assert report == []
 
 
 def test_a_page_shows_signature_fields_and_arguments():
