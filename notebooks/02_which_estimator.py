@@ -26,7 +26,7 @@
 #
 # | | small | `--full` |
 # | --- | --- | --- |
-# | time on one core | 25 seconds | 2 minutes |
+# | time on one core | 25 seconds | 1 minute |
 # | draws of start and minibatches | 6 | 30 |
 # | data | handwritten digits, 8 x 8, which come with the package | the same |
 #

@@ -25,7 +25,7 @@
 #
 # | | small | `--full` |
 # | --- | --- | --- |
-# | time on one core | 25 seconds | 3 minutes |
+# | time on one core | 30 seconds | 1 minute |
 # | seeds of part 3 | 1 | 5 |
 # | data | handwritten digits, 8 x 8, which come with the package | the same |
 #

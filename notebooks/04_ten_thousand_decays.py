@@ -25,7 +25,7 @@
 #
 # | | small | `--full`, with `HYPERJAX_DATA` |
 # | --- | --- | --- |
-# | time on one core | 20 seconds | 5 minutes |
+# | time on one core | 20 seconds | 4 minutes |
 # | data | 50 + 50 handwritten digits, 8 x 8, for MNIST | 50 + 50 images of MNIST, 28 x 28 |
 # | decays, seeds | 10,510, 1 | 25,450, 5 |
 #

@@ -27,7 +27,7 @@
 #
 # | | small | `--full`, with `HYPERJAX_DATA` |
 # | --- | --- | --- |
-# | time on one core | 15 seconds | 4 minutes |
+# | time on one core | 15 seconds | 5 minutes |
 # | data | handwritten digits, 8 x 8, for MNIST; 40 % spoilt | MNIST, 50 % spoilt |
 # | seeds, steps of the one loop | 1, 600 | 5, 2,000 |
 #
