@@ -26,7 +26,7 @@
 #
 # | | small | `--full`, with `HYPERJAX_DATA` |
 # | --- | --- | --- |
-# | time on one core | 20 seconds | 2 minutes |
+# | time on one core | 20 seconds | 4 minutes |
 # | data | handwritten digits, 8 x 8, for MNIST | MNIST, 12 x 12 |
 # | seeds, training steps | 2, 400 | 5, 1,000 |
 #
