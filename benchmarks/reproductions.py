@@ -127,7 +127,11 @@ def notebooks() -> str:
         data = json.loads(path.read_text())
         script = _measure.ROOT / "notebooks" / f"{path.stem}.py"
         title = re.search(r"^# # (.+)$", script.read_text(), re.M)
-        cells = [title[1] if title else path.stem, _linked(_told(data["paper"])), data["rule"]]
+        cells = [
+            title[1] if title else path.stem,
+            _linked(_told(data["paper"])),
+            data.get("rule", "the `assert` at its end"),
+        ]
         cells += [f"**{data['verdict']}**", f"`python notebooks/{script.name} --full`"]
         cells[-1] += f", {data['seconds']:.0f} s"
         lines.append(f"| {' | '.join(cells)} |")
