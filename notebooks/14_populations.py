@@ -28,7 +28,7 @@
 # | | default | `--full` |
 # | --- | --- | --- |
 # | toy: seeds; digits: seeds, members | 5; 1, 8 | 20; 5, 16 |
-# | time on one core | 20 s | 2 minutes |
+# | time on one core | 20 s | 1 minute |
 
 # %%
 import jax

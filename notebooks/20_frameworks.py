@@ -28,7 +28,7 @@
 # | --- | --- | --- |
 # | images, pixels, hidden units | 1,000 digits, 64, 32 | 4,000 of MNIST, 784, 64 |
 # | estimators, seeds | 1, 1 | 3, 5 |
-# | time on one core | 20 s | 3 minutes |
+# | time on one core | 30 s | some 4 minutes |
 
 # %%
 import equinox as eqx

@@ -27,7 +27,7 @@
 # | | default | `--full` |
 # | --- | --- | --- |
 # | runs killed | 1 | 5, at different updates, process 0 or 1, resumed on 1 process or 2 |
-# | time on two cores | 25 s | 2 minutes |
+# | time on two cores | 40 s | 4 minutes |
 #
 # With a real model, at random moments: `python benchmarks/kill_hosts.py`, whose record is below.
 

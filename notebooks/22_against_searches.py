@@ -29,7 +29,7 @@
 # | --- | --- | --- |
 # | members, training steps, trainings of a search | 4, 300, 20 | 8, 600, 40 |
 # | seeds; tasks | 1; digits | 5; digits, and with `HYPERJAX_DATA` a9a, MNIST, BANKING77 |
-# | time on one core | 25 s | 3 minutes; some 20 with the data |
+# | time on one core | 30 s | 3 minutes; some 20 with the data |
 
 # %%
 import functools
