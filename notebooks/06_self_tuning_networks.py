@@ -26,7 +26,7 @@
 #
 # | | default | `--full` |
 # | --- | --- | --- |
-# | time on one core | about 20 seconds | FULL_TIME |
+# | time on one core | about 20 seconds | about a minute |
 # | training steps, seeds | 1,600, 1 | 4,000, 5 |
 #
 # To reach: from rates of 0.05, a validation loss **at most 0.85 of** that of a network that keeps

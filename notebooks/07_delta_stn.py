@@ -27,7 +27,7 @@
 #
 # | | default | `--full` |
 # | --- | --- | --- |
-# | time on one core | about 15 seconds | FULL_TIME |
+# | time on one core | about 15 seconds | half a minute |
 # | training steps, seeds | 1,000, 1 | 3,000, 5 |
 #
 # To reach: Delta-STN's weights are those at the current penalty to **1e-9**, where STN's are off by

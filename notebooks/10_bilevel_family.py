@@ -26,7 +26,7 @@
 #
 # | | default | `--full` |
 # | --- | --- | --- |
-# | time on one core | about 20 seconds | FULL_TIME |
+# | time on one core | about 20 seconds | about a minute |
 # | passes over the training rows, seeds | 200, 1 | 400, 5 |
 #
 # To reach, in equal numbers of calls: the gap of SABA is **under a hundredth** of that of every

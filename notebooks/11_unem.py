@@ -25,7 +25,7 @@
 #
 # | | default | `--full` |
 # | --- | --- | --- |
-# | time on one core | about 20 seconds | FULL_TIME |
+# | time on one core | about 20 seconds | about 40 seconds |
 # | episodes to learn from, to test on; seeds | 40, 150; 1 | 100, 300; 5 |
 #
 # To reach, on handwritten digits with one example of each of ten classes and 45 unlabelled ones of

@@ -25,7 +25,7 @@
 #
 # | | default | `--full` |
 # | --- | --- | --- |
-# | time on one core | about 20 seconds | FULL_TIME |
+# | time on one core | about 20 seconds | two minutes |
 # | rounds, seeds | 30, 1 | 60, 5 |
 #
 # To reach, on handwritten digits that 20 clients hold, with first rates 500-fold apart: FedHyper's

@@ -27,7 +27,7 @@
 #
 # | | default | `--full`, with the UCI sets |
 # | --- | --- | --- |
-# | time on one core | about 20 seconds | FULL_TIME |
+# | time on one core | about 20 seconds | about six minutes |
 # | problems | 120 rows of 8 features, 3 of which matter | autompg, concrete, energy, yacht |
 # | draws, or splits of nine tenths and one | 1 | 5 |
 #
