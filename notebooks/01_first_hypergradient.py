@@ -23,7 +23,7 @@
 #
 # | | small | `--full` |
 # | --- | --- | --- |
-# | time on one core | 40 seconds | 3 minutes |
+# | time on one core | 40 seconds | 6 minutes |
 # | studies of part 3 | 1 | 5, and a population of 32 in each |
 # | data | synthetic, and handwritten digits, which come with the package | the same |
 #

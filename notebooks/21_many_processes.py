@@ -34,6 +34,7 @@
 # %%
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -284,4 +285,5 @@ record(
 )
 assert max(apart.values()) < 1e-12, apart
 assert all(row["equal"] for row in rows_found), rows_found
+shutil.rmtree(folder)
 print("reached: devices change rounding alone, and killed runs end with the same bits")

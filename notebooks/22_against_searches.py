@@ -217,7 +217,8 @@ for i, (_, _, ratio) in enumerate(ratios):
     right.errorbar(mean, -i, xerr=error, fmt="o", color=BLUE, ms=8, capsize=4)
 right.axvline(1, color=GREY, lw=1.5, ls=":")
 right.set_yticks(-np.arange(len(ratios)), [f"{label}\n{method}" for label, method, _ in ratios])
-right.set(xlim=(0.5, 1.25), xlabel="test loss over the best search's (1 s.e.)")
+right.set(xlim=(0.5, 1.25), ylim=(0.5 - len(ratios), 0.5))
+right.set(xlabel="test loss over the best search's (1 s.e.)")
 right.set_title("On record, five seeds each")
 
 searching = {k: v["median"] for k, v in benchmark("search_adapters")["rows"].items()}
