@@ -999,7 +999,6 @@ OWN = (
     "stn_overhead",
     "tune_digits",
     "unrolled",
-    "versus",
     "vmapped",
     "which_method",
 )
