@@ -233,6 +233,7 @@ for name, found in [*best.items(), ("nearest image", nearest)]:
 # What a hypergradient holds in memory, as XLA plans it, against the steps of training.
 
 
+# %%
 def megabytes(name, steps):
     adapt = adaptation(name, steps)
     estimator = hj.hypergradient(adapt, lambda w, h, query: entropy(w, query), lambda w, h: ())
