@@ -94,13 +94,13 @@ def by_default(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     return all(value == parser.get_default(name) for name, value in given.items())
 
 
-def record(name: str, data: Mapping[str, Any]) -> Path:
-    """Write results/<name>.json: the data, and the machine, versions and commit it came from.
+def record(name: str, data: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Write <folder>/<name>.json: the data, and the machine, versions and commit it came from.
 
     A number that is not finite becomes null.
     """
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     data = {"commit": commit(), "env": machine(), **data}
     path.write_text(json.dumps(_plain(data), indent=1, allow_nan=False) + "\n")
     return path
@@ -116,10 +116,11 @@ def _plain(data: Any) -> Any:
 
 
 def commit() -> str:
-    """HEAD, marked if the library or the benchmarks differ from it."""
+    """HEAD, marked if the library, a benchmark or a notebook differs from it."""
     git = ["git", "-C", str(ROOT)]
     run = lambda *args: subprocess.run([*git, *args], capture_output=True, text=True, check=True)
-    changed = run("status", "--porcelain", "--", "hyperjax", "kernels", "benchmarks/*.py").stdout
+    code = ("hyperjax", "kernels", "benchmarks/*.py", "notebooks/*.py")
+    changed = run("status", "--porcelain", "--", *code).stdout
     return run("rev-parse", "HEAD").stdout.strip() + (" and changes" if changed else "")
 
 

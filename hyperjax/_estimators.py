@@ -75,6 +75,9 @@ def score_only(
 
     With `tune(..., optax.set_to_zero())` and an exchange it is population based training; without
     an exchange it is random or grid search.
+
+    Raises TypeError for a `response` that is no function, and at trace time for a score that is not
+    a scalar.
     """
     _checks.is_callable("score_only", "response", response)
     score = _checks.scalar_loss("score_only", "score", score)

@@ -30,13 +30,19 @@ def fixed_point(map: Map) -> FixedPoint:
     params are then the activations and hparams the weights), one step of an iterative algorithm,
     or a Bellman operator. I - d map / d params has to be invertible at the fixed point, as it is
     wherever the iteration contracts.
+
+    Raises TypeError unless `map` is a function.
     """
     _checks.is_callable("fixed_point", "map", map)
     return FixedPoint(map, smooth=True)
 
 
 def iterate(map: Map) -> Inner:
-    """Training by applying `map` once per batch, for `unroll`."""
+    """Training by applying `map` once per batch, for `unroll`.
+
+    Raises TypeError unless `map` is a function and params are floating point, ValueError at trace
+    time if `map` returns another tree.
+    """
     _checks.is_callable("iterate", "map", map)
 
     def init(params: Params, hparams: HParams) -> InnerState:

@@ -17,6 +17,8 @@ Step = Callable[[State, HParams, Batch], State]
 
 
 class SharingInfo(NamedTuple):
+    """What says whether tangents have run away."""
+
     largest: jax.Array  # largest entry of a tangent of the state, before it was clipped
 
 

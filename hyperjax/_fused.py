@@ -19,6 +19,8 @@ Number = float | Scalar
 
 
 class FusedState(NamedTuple):
+    """State of a fused optimizer."""
+
     steps: jax.Array  # int32: so far
     moments: tuple[PyTree, ...]  # (), (trace,) or (mu, nu), as params, in float32 at least
     master: Params | None  # params in float32

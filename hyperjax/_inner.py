@@ -12,6 +12,8 @@ from ._types import Batch, HParams, Loss, Optimality, Params, PyTree
 
 
 class InnerState(NamedTuple):
+    """State of ordinary training."""
+
     params: Params
     opt_state: PyTree
 
@@ -58,6 +60,8 @@ def stationary(loss: Loss) -> Optimality:
 
     For `implicit`. With a stochastic loss, choose one whose stationary point training really
     approaches: the loss over the whole training set rather than over a minibatch.
+
+    Raises TypeError at trace time if the loss is not a scalar.
     """
     return jax.grad(_checks.scalar_loss("stationary", "loss", loss))
 

@@ -20,6 +20,8 @@ class Limit(NamedTuple):
 
 
 class PopulationState(NamedTuple):
+    """All members, and what their exchange remembers."""
+
     members: State  # leaves [P, ...]
     exchange: PyTree
     key: Key
@@ -27,6 +29,8 @@ class PopulationState(NamedTuple):
 
 
 class PopulationMetrics(NamedTuple):
+    """One outer step of a population, for the eye."""
+
     value: Scalar  # the best score among the members, so that a population can be a member too
     finite: jax.Array  # whether any member's score was
     members: PyTree  # metrics of every member, [P, ...]

@@ -22,6 +22,8 @@ Schedule = Callable[[HParams, jax.Array], PyTree]
 
 
 class ReversibleState(NamedTuple):
+    """The carry of reversible training."""
+
     params: Params
     velocity: Params
     steps: jax.Array  # so far, int32
@@ -42,6 +44,8 @@ class ReversibleInfo(NamedTuple):
 
 
 class Reversible(NamedTuple):
+    """What `reversible` makes: the carry to train from, and the response."""
+
     init: Callable[[Params, HParams], ReversibleState]
     response: Response
 

@@ -54,6 +54,8 @@ class SecantInfo(NamedTuple):
 
 
 class SecantCarry(NamedTuple):
+    """The carry of `secant`."""
+
     members: Carry  # [P, ...], of the estimator inside
     offsets: HParams  # [P, ...], raw
     key: Key

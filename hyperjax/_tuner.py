@@ -24,6 +24,8 @@ from ._types import (
 
 
 class TunerState(NamedTuple):
+    """State of `tune`."""
+
     hparams: HParams
     opt_state: PyTree
     carry: Carry

@@ -27,11 +27,15 @@ from .linsolve._common import widened
 
 
 class WarmCarry(NamedTuple):
+    """The carry of `warm_start`."""
+
     carry: Carry  # of training
     adjoint: Params  # the solution of the last adjoint system, where the next solve starts
 
 
 class AmortizedCarry(NamedTuple):
+    """The carry of `amortize`."""
+
     carry: Carry
     adjoint: Params
     factor: PyTree  # state of the preconditioner
@@ -48,6 +52,9 @@ def warm_start(
     stochastic approximate implicit differentiation (Arbel and Mairal 2022, arXiv 2111.14580).
 
     The carry is a `WarmCarry`; `params` given to its `init` must be like those of the response.
+
+    Raises TypeError for a response that was not made by `implicit`, a score that is not a scalar,
+    or hparams that are not floating point.
     """
     _check("warm_start", response, init)
     score = _checks.scalar_loss("warm_start", "score", score)

@@ -142,6 +142,8 @@ def population_converge(
 
     Moments are those of every member, also where they are lost; `sound` says whose are not. What a
     lost member was made of has derivative 0.
+
+    Raises ValueError for shapes that do not fit, unknown names, and "pallas" where it cannot run.
     """
     where = "population_converge"
     plan, table, seeds, streams = _prepare(where, rule, "params", params, grads, moments, max_norm,

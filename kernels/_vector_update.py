@@ -29,6 +29,8 @@ FASTER_ON: tuple[str, ...] = ()  # no accelerator has run `benchmarks/kernels.py
 
 
 class VectorUpdate(NamedTuple):
+    """What `vector_update` returns: the new vectors, r'r and p'q."""
+
     x: jax.Array
     r: jax.Array
     rr: jax.Array  # r'r' of the new r, in float32 at least

@@ -13,60 +13,38 @@
 # %% [markdown]
 # # A first hypergradient
 #
-# From the root of the repository:
+# A *response* is training with a derivative: it maps hyperparameters to trained weights. Join it to
+# a score, and what comes out is a hypergradient. No paper's claim here: a closed form to compare
+# with, a first descent, and a network that is tuned while it trains.
 #
 # ```bash
 # pip install -e ".[test]" && python notebooks/01_first_hypergradient.py
 # ```
 #
-# | | default | with `HYPERJAX_FULL=1` |
+# | | small | `--full` |
 # | --- | --- | --- |
-# | time on two cores | under a minute | about two minutes |
-# | studies of part 3, models in each population | 1, 8 | 5, 32 |
+# | time on one core | 40 seconds | 6 minutes |
+# | studies of part 3 | 1 | 5, and a population of 32 in each |
+# | data | synthetic, and handwritten digits, which come with the package | the same |
 #
-# Numbers to reach, asserted in the last cell:
-#
-# 1. four ways to a hypergradient agree with its closed form to **1e-8**, relative;
-# 2. a hypergradient through 20 training steps of a network agrees with central differences to
-#    **1e-6**;
-# 3. tuning while training ends at a validation loss at least **40 % lower** than that of the
-#    default setting, after the same number of training steps.
-#
-# To see the plots, open it in Jupyter: `jupytext --to ipynb notebooks/01_first_hypergradient.py`.
+# Numbers to reach: **(1)** four ways to a hypergradient agree with its closed form to **1e-8**,
+# relative; **(2)** one through 20 training steps of a network agrees with central differences to
+# **1e-6**; **(3)** tuning while training ends at a validation loss at least **40 % lower** than the
+# default setting's, after as many training steps.
 
 # %%
-import itertools
-import os
-
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from common import BLUE, FULL, GREY, RED, band, mean_and_error, record
 
 import hyperjax as hj
 from hyperjax.tasks import digits
 
 jax.config.update("jax_enable_x64", True)
-FULL = os.environ.get("HYPERJAX_FULL") == "1"
-STUDIES, MEMBERS = (5, 32) if FULL else (1, 8)
-
-BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
-plt.rcParams.update(
-    {
-        "figure.figsize": (9, 3.8),
-        "figure.dpi": 100,
-        "figure.constrained_layout.use": True,
-        "font.size": 11,
-        "axes.titlesize": 11,
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#e6e6e6",
-        "legend.frameon": False,
-    }
-)
+STUDIES, MEMBERS = 5 if FULL else 1, 32
 
 
 def repeat(tree, times):
@@ -78,10 +56,9 @@ def repeat(tree, times):
 # ## 1. One number, four ways
 #
 # Ridge regression with one penalty $e^{h_i}$ per feature: 48 examples, 24 features, of which only
-# the first 6 matter. Training minimizes
-# $L(w, h) = \frac{1}{2n}\|Xw - y\|^2 + \frac12 \sum_i e^{h_i} w_i^2$,
-# tuning minimizes $V(w) = \frac{1}{m}\|X_v w - y_v\|^2$ on other examples. The derivative of $V$
-# at the trained $w$, in three lines:
+# the first 6 matter. Training minimizes $L(w, h) = \frac{1}{2n}\|Xw - y\|^2 + \frac12 \sum_i
+# e^{h_i} w_i^2$, tuning minimizes $V(w) = \frac{1}{m}\|X_v w - y_v\|^2$ on other examples. The
+# derivative of $V$ at the trained $w$, in three lines:
 #
 # 1. training ends where $A w = X^\top y / n$ with $A = X^\top X / n + \mathrm{diag}(e^h)$;
 # 2. hence $A \, dw = -e^h \odot w \odot dh$;
@@ -128,16 +105,14 @@ def closed_form(h):
 
 
 start = jnp.full(FEATURES, np.log(0.1))
-eigenvalues = np.linalg.eigvalsh(solution(start)[1])
 exact = closed_form(start)
 
 # %% [markdown]
-# Now without the closed form. Training is 400 steps of gradient descent, and a *response* is
-# that training with a derivative. `hypergradient` joins it to the score.
+# Now without the closed form. Training is 400 steps of gradient descent, and a *response* is that
+# training with a derivative. `hypergradient` joins it to the score.
 
 # %%
-RATE = 0.6
-inner = hj.inner(loss, lambda h: optax.sgd(RATE))
+inner = hj.inner(loss, lambda h: optax.sgd(0.6))
 optimality = hj.stationary(loss)
 plain = hj.unroll(inner.step)
 split = hj.Split(repeat(train, STEPS), valid)
@@ -172,47 +147,13 @@ for name, grad in ways.items():
     print(f"{name:32}{grad[0]:16.10f}{grad[-1]:16.10f}{ridge_errors[name]:16.1e}")
 
 # %% [markdown]
-# Both ideas may be cut short, and the unit is the same: a truncated unroll differentiates its
-# last $k$ steps, implicit differentiation sums $k$ terms of a Neumann series or makes $k$
-# iterations of CG, each with one product with the Hessian $A$. At the end of training the first
-# two are the same sum, which is why their points coincide, and what is left out shrinks like
-# $(1 - \eta\lambda)^k$, with $\eta$ the step size and $\lambda$ the smallest eigenvalue of $A$.
-# CG is done after as many iterations as there are features.
-
-# %%
-counts = [1, 20, 50, 100, 150, 200]
-iterations = [1, 4, 8, 12, 16, 20, 22, 24]
-truncated = [relative_error(gradient_by(hj.unroll(inner.step, truncate=k))) for k in counts]
-
-
-def by_solve(solve):
-    return relative_error(gradient_by(hj.implicit(plain, optimality, solve=solve)))
-
-
-neumann = [by_solve(hj.linsolve.neumann(k, RATE)) for k in counts]
-cg = [by_solve(hj.linsolve.cg(maxiter=k, tol=0.0)) for k in iterations]
-contraction = 1 - RATE * eigenvalues[0]
-
-figure, axes = plt.subplots()
-axes.semilogy(counts, truncated, color=BLUE, lw=2)
-axes.semilogy(counts, neumann, "o", color=RED, mfc="none", ms=9, mew=1.5)
-axes.semilogy(iterations, cg, ".-", color=GREEN, lw=2, ms=9)
-axes.semilogy(counts, contraction ** np.array(counts), ":", color=GREY, lw=1.5)
-axes.text(27, 1e-11, "CG: iterations", color=GREEN)
-axes.text(102, 4e-7, "truncated unroll: steps differentiated", color=BLUE, ha="right")
-axes.text(102, 2e-8, "Neumann series: terms (same points)", color=RED, ha="right")
-axes.text(110, 1e-4, r"rate of training, $(1 - \eta\lambda)^k$", color=GREY)
-axes.set(xlabel="products with the Hessian, k", ylabel="relative error of the hypergradient")
-axes.set(xlim=(0, 205), ylim=(1e-14, 3), yticks=10.0 ** np.arange(-14, 1, 2))
-_ = axes.set_title("A hypergradient cut short: ridge, 24 penalties, after 400 training steps")
-
-# %% [markdown]
 # ## 2. Descending it
 #
 # `tune` joins an estimator and an optax optimizer, `run` takes the outer steps in one `lax.scan`.
 # Since implicit differentiation never looks inside training, training may as well be a direct
-# solve, which no choice of penalties can make diverge. We begin at 0.1 for all features and
-# compare with the best single penalty that a fine grid finds.
+# solve, which no choice of penalties can make diverge. We begin at 0.1 for all features and compare
+# with the best single penalty that a fine grid finds. (How an idea is cut short, and what it then
+# costs, is `02_which_estimator.py`.)
 
 # %%
 OUTER = 20
@@ -232,43 +173,32 @@ one_for_all = jax.vmap(lambda g: solution(jnp.full(FEATURES, g))[0])(grid)
 single = int(jnp.argmin(jax.vmap(error, (0, None))(one_for_all, valid)))
 tuned_weights = jax.vmap(lambda h: solution(h)[0])(path.hparams)
 held_out = jax.vmap(error, (0, None))(tuned_weights, test)
-best_single = {
-    "validation": error(one_for_all[single], valid),
-    "test": error(one_for_all[single], test),
-}
+best_single = {part: error(one_for_all[single], rows) for part, rows in (("v", valid), ("t", test))}
 
 print(f"{'mean squared error':26}{'validation':>12}{'test':>8}")
 print(f"{'penalty 0.1 for all':26}{path.value[0]:12.3f}{held_out[0]:8.3f}")
-print(f"{'best single penalty':26}{best_single['validation']:12.3f}{best_single['test']:8.3f}")
+print(f"{'best single penalty':26}{best_single['v']:12.3f}{best_single['t']:8.3f}")
 print(f"{'24 penalties, 20 steps':26}{path.value[-1]:12.3f}{held_out[-1]:8.3f}")
 
 figure, (left, right) = plt.subplots(1, 2)
-for curve, reference, colour, label in (
-    (held_out, best_single["test"], RED, "test, 2,000 examples"),
-    (path.value, best_single["validation"], BLUE, "validation, 48 examples"),
-):
-    left.plot(curve, color=colour, lw=2)
-    left.axhline(reference, color=colour, ls=":", lw=1.5)
-    left.text(OUTER, curve[-1] + 0.1, label, color=colour, ha="right")
-left.text(OUTER, best_single["test"] + 0.03, "dotted: best single penalty", ha="right", color=GREY)
+left.plot(held_out, color=RED, lw=2, label="test, 2,000 examples")
+left.plot(path.value, color=BLUE, lw=2, label="validation, 48 examples")
+left.axhline(best_single["t"], color=RED, ls=":", label="best single penalty")
+left.axhline(best_single["v"], color=BLUE, ls=":")
 left.set(xlabel="outer step", ylabel="mean squared error", ylim=(0.7, 2.0), xticks=range(0, 21, 5))
-left.set_title("Both errors fall below the best single penalty's")
-
-final = np.exp(path.hparams[-1])
+left.legend()
 useful = np.arange(FEATURES) < USEFUL
-right.axhline(0.1, color=GREY, lw=1)
-for members, colour in ((useful, BLUE), (~useful, RED)):
-    right.vlines(np.flatnonzero(members), 0.1, final[members], color=colour, lw=2)
-    right.plot(np.flatnonzero(members), final[members], "o", color=colour)
-right.text(-0.5, 0.14, "features\nthat matter", color=BLUE)
-right.text(15.5, 60, "features that do not", color=RED, ha="center")
-right.set(xlabel="feature", ylabel=r"penalty $e^{h_i}$ after 20 steps", yscale="log")
-right.set(ylim=(8e-4, 200), xticks=range(0, 24, 5))
-_ = right.set_title("Where each penalty went from 0.1")
+for members, colour, label in ((useful, BLUE, "that matter"), (~useful, RED, "that do not")):
+    which, final = np.flatnonzero(members), np.exp(path.hparams[-1])[members]
+    right.vlines(which, 0.1, final, color=colour, lw=2)
+    right.plot(which, final, "o", color=colour, label=f"features {label}")
+right.set(xlabel="feature", ylabel=r"penalty $e^{h_i}$ after 20 steps, from 0.1", yscale="log")
+_ = right.legend()
+
 
 # %% [markdown]
-# Some useless features happen to help on these 48 validation examples, and their penalties fall
-# as well: tuning 24 numbers on few examples overfits them. The test error says how much.
+# Some useless features happen to help on these 48 validation examples, and their penalties fall as
+# well: tuning 24 numbers on few examples overfits them. The test error says how much.
 #
 # ## 3. A network, tuned while it trains
 #
@@ -286,9 +216,9 @@ estimator = hj.hypergradient(response, space.lift(task.score), inner.init)
 # %% [markdown]
 # First the check: the slope along the direction of the gradient is its norm. A relu has no
 # derivative at 0, and when an activation crosses 0 between two settings the gradients in training
-# jump, and so does everything trained by them. The validation loss is thus a smooth function of
-# the hyperparameters only piece by piece. A difference over a step so short that nothing crosses
-# shows the derivative; over longer steps it shows the jumps.
+# jump, and so does everything trained by them. The validation loss is thus a smooth function of the
+# hyperparameters only piece by piece. A difference over a step so short that nothing crosses shows
+# the derivative; over longer steps it shows the jumps.
 
 # %%
 WINDOW = 20  # training steps per hypergradient
@@ -325,15 +255,14 @@ print(f"\nits norm: {slope:.6f}; central differences along it deviate, relative,
 print("by " + ", ".join(f"{e:.0e} (step {s:.0e})" for s, e in differences.items()))
 
 # %% [markdown]
-# Then tuning, four times with 600 training steps per model, seen in 30 windows of 20. The
-# hypergradient of a window moves the hyperparameters once, and training goes on from where it was.
-# The population also copies: every third window each member meets another one and, if it is
+# Then tuning, with 600 training steps per model, seen in 30 windows of 20. The hypergradient of a
+# window moves the hyperparameters once, and training goes on from where it was. A population, in
+# the full setting, also copies: every third window each member meets another one and, if it is
 # worse, takes over its weights and hyperparameters, and explores from there (Jaderberg et al.
-# 2017). The same population without hypergradients shows what those are worth.
+# 2017).
 
 # %%
 WINDOWS = 30
-ADAM = optax.adam(0.2)
 
 
 def windows(key):
@@ -342,17 +271,20 @@ def windows(key):
     return hj.Split(minibatches, repeat(task.valid, WINDOWS))
 
 
-def one_model(tuner):
+@jax.jit
+def alone(rate, keys):
+    """One model per key; at rate 0 its hyperparameters stay where they are."""
+    tuner = hj.tune(estimator, optax.adam(rate))
+
     def study(key):
         weights, data = jax.random.split(key)
-        state = tuner.init(task.init(weights), space.init())
-        state, metrics = hj.run(tuner, state, windows(data))
-        return metrics.value, metrics.hparams, task.evaluate(state.carry.params, task.test)
+        state, metrics = hj.run(tuner, tuner.init(task.init(weights), space.init()), windows(data))
+        return metrics.value, metrics.hparams, state.carry.params
 
-    return study
+    return jax.lax.map(study, keys)
 
 
-def many_models(tuner):
+def together(tuner):
     tuner = hj.population(tuner, hj.exchange.tournament(hj.exchange.perturb(0.3), every=3))
 
     def study(key):
@@ -361,60 +293,42 @@ def many_models(tuner):
         hparams = jax.vmap(space.sample)(jax.random.split(settings, MEMBERS))
         state, metrics = hj.run(tuner, tuner.init(exchange, params, hparams), windows(data))
         value = jnp.where(metrics.members.finite, metrics.members.value, jnp.inf)
-        best = jnp.argmin(value[-1])
-        trained = jax.tree.map(lambda x: x[best], state.members.carry.params)
-        return value, metrics.members.hparams, task.evaluate(trained, task.test)
+        best = jax.tree.map(lambda x: x[jnp.argmin(value[-1])], state.members.carry.params)
+        return value.min(axis=1), metrics.members.hparams, best  # best by validation loss
 
     return study
 
 
-scored = hj.score_only(response, space.lift(task.score), inner.init)
-studies = {
-    "default setting": one_model(hj.tune(scored, optax.set_to_zero())),
-    "tuned by hypergradients": one_model(hj.tune(estimator, ADAM)),
-    f"population of {MEMBERS}, no hypergradients": many_models(
-        hj.tune(scored, optax.set_to_zero())
-    ),
-    f"population of {MEMBERS}, hypergradients": many_models(hj.tune(estimator, ADAM)),
-}
 keys = jax.random.split(jax.random.key(0), STUDIES)
-results = {name: jax.jit(lambda k, f=f: jax.lax.map(f, k))(keys) for name, f in studies.items()}
+results = {"default setting": alone(0.0, keys), "tuned by hypergradients": alone(0.2, keys)}
+if FULL:
+    many = together(hj.tune(estimator, optax.adam(0.2)))
+    results[f"population of {MEMBERS}, tuned"] = jax.jit(lambda k: jax.lax.map(many, k))(keys)
 
-# [studies, windows]: of a population the best member, chosen by validation loss
-curves = {
-    name: np.asarray(value if value.ndim == 2 else value.min(axis=2))
-    for name, (value, _, _) in results.items()
-}
+curves = {name: np.asarray(value) for name, (value, _, _) in results.items()}
 ends = {name: curve[:, -1] for name, curve in curves.items()}
-print(f"{'mean of studies: ' + str(STUDIES):36}{'validation':>10}{'test loss':>11}{'accuracy':>10}")
-for name, (_, _, last) in results.items():
-    means = ends[name].mean(), last["loss"].mean(), last["accuracy"].mean()
-    print("{:36}{:10.4f}{:11.4f}{:10.3f}".format(name, *means))
+tests = {
+    name: jax.vmap(lambda p: task.evaluate(p, task.test))(params)
+    for name, (_, _, params) in results.items()
+}
+print(f"{'mean of studies: ' + str(STUDIES):28}{'validation':>10}{'test loss':>11}{'accuracy':>10}")
+for name, found in tests.items():
+    means = ends[name].mean(), found["loss"].mean(), found["accuracy"].mean()
+    print("{:28}{:10.4f}{:11.4f}{:10.3f}".format(name, *means))
 
 # %%
 figure, (left, right) = plt.subplots(1, 2)
 trained = WINDOW * np.arange(1, WINDOWS + 1)
-looks = [(GREY, "-"), (BLUE, "-"), (RED, "--"), (RED, "-")]
-for (name, curve), (colour, line) in zip(curves.items(), looks, strict=True):
-    left.semilogy(trained, curve.mean(0), line, color=colour, lw=2, label=name)
-    left.fill_between(trained, curve.min(0), curve.max(0), color=colour, alpha=0.15, lw=0)
-left.set(xlabel="training steps per model", ylabel="validation loss, nats", ylim=(0.05, 2))
-left.set(yticks=(0.1, 0.2, 0.5, 1), yticklabels=("0.1", "0.2", "0.5", "1"), xlim=(0, 610))
-left.minorticks_off()
-left.set_title("Digits: validation loss" + (", mean and range" if STUDIES > 1 else ""))
+for (name, curve), colour in zip(curves.items(), (GREY, BLUE, RED), strict=False):
+    band(left, trained, curve, name, colour)
+left.set(yscale="log", xlabel="training steps per model", ylabel="validation loss, nats")
 left.legend(fontsize=10)
 
 _, hparams, _ = results["tuned by hypergradients"]
 place = np.asarray(jax.nn.sigmoid(space.ravel(hparams)[0]))  # [windows, 9], as the ranges scale
-heights = place[-1].copy()
-order = np.argsort(heights)
-for below, above in itertools.pairwise(order):  # labels keep a line's distance
-    heights[above] = max(heights[above], heights[below] + 0.07)
 for i, name in enumerate(space.names):
-    colour = plt.colormaps["tab10"](i)
-    right.plot(trained, place[:, i], color=colour, lw=2)
-    right.plot([605, 640], [place[-1, i], heights[i]], color=colour, lw=0.8, clip_on=False)
-    right.text(648, heights[i], name, color=colour, fontsize=10, va="center")
+    right.plot(trained, place[:, i], color=plt.colormaps["tab10"](i), label=name)
+right.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 right.set(xlabel="training steps", ylabel="place in its range", ylim=(0, 1), xlim=(0, 600))
 _ = right.set_title("Nine hyperparameters of a blue run")
 
@@ -429,4 +343,17 @@ assert max(ridge_errors.values()) < 1e-8, ridge_errors
 assert check < 1e-6, differences
 # Over 20 studies the ratio was 0.39 to 0.55, over these five 0.42 to 0.48.
 assert np.all(ends["tuned by hypergradients"] < 0.6 * ends["default setting"]), ends
+record(
+    "01_first_hypergradient",
+    {
+        "seeds": list(range(STUDIES)),
+        "ridge_relative_errors": ridge_errors,
+        "central_differences": {f"{step:g}": error for step, error in differences.items()},
+        "validation_loss": {name: mean_and_error(end) for name, end in ends.items()},
+        "test_loss": {name: mean_and_error(found["loss"]) for name, found in tests.items()},
+        "paper": "no paper; closed forms, and the default setting",
+        "rule": "reproduced: all asserts of the page hold",
+        "verdict": "reproduced",
+    },
+)
 print("reached: agreement, central differences, and a validation loss at most 0.6 of the default's")

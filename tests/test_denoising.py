@@ -300,6 +300,31 @@ def test_settings_vmap_and_float32_stays(name, rng):
 # ----------------------------------------------------------------------------------- images
 
 
+def test_ssim_is_the_mean_over_windows(key):
+    clean, noise = jax.random.uniform(key, (2, 2, 13, 12))
+    images = 0.7 * clean + 0.3 * noise
+    place = jnp.arange(11) - 5
+    weights = jnp.exp(-(place[:, None] ** 2 + place[None] ** 2) / 4.5)
+    weights = weights / weights.sum()
+
+    def window(a, b):
+        mean = lambda x: jnp.sum(weights * x)
+        va, vb, both = mean((a - mean(a)) ** 2), mean((b - mean(b)) ** 2), mean(a * b)
+        both = both - mean(a) * mean(b)
+        light = (2 * mean(a) * mean(b) + 1e-4) / (mean(a) ** 2 + mean(b) ** 2 + 1e-4)
+        return light * (2 * both + 9e-4) / (va + vb + 9e-4)
+
+    places = [(i, j) for i in range(3) for j in range(2)]
+    cut = lambda x, i, j: x[i : i + 11, j : j + 11]
+    for found, image, truth in zip(tasks.ssim(images, clean), images, clean, strict=True):
+        every = [window(cut(image, i, j), cut(truth, i, j)) for i, j in places]
+        assert jnp.allclose(found, jnp.mean(jnp.stack(every)), rtol=1e-5)
+    assert jnp.allclose(tasks.ssim(clean, clean), 1) and jnp.all(tasks.ssim(images, clean) < 0.99)
+    assert tasks.ssim(jnp.float32(images), jnp.float32(clean)).dtype == jnp.float32
+    with pytest.raises(ValueError, match="at least 11 x 11"):
+        tasks.ssim(images[:, :10], clean[:, :10])
+
+
 def test_psnr_is_its_closed_form_image_by_image():
     clean = jnp.zeros((2, 4, 4))
     images = jnp.stack([jnp.full((4, 4), 0.1), jnp.full((4, 4), 0.01)])

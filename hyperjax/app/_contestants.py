@@ -157,6 +157,7 @@ def _solved(
     return Contestant(f"implicit, {name}", call, once(make), refuse=refuse, note=_SOLUTION)
 
 
+# Every estimator that `compare_estimators` knows, in the order of its table.
 CONTESTANTS: tuple[Contestant, ...] = (
     Contestant("unroll", "unroll(step)", _unrolled(), exact=True),
     Contestant(

@@ -43,7 +43,10 @@ def together(step: Rate) -> AdjointRule:
 
 
 def descent(step: Rate, steps: int) -> AdjointRule:
-    """`steps` gradient steps from the v of last time, v <- v - step (H_j v - f_p)."""
+    """`steps` gradient steps from the v of last time, v <- v - step (H_j v - f_p).
+
+    Raises ValueError unless `steps` is a positive integer.
+    """
     check_rate("descent", "step", step)
     _checks.positive_int("descent", "steps", steps)
 
@@ -61,6 +64,8 @@ def neumann_series(scale: Rate, terms: int, key: Key | None = None) -> AdjointRu
     With the leading `scale`: without it, as in some published code, v is wrong by that factor. It
     converges for 0 < scale < 2 / (largest eigenvalue of H). A `key` draws one addend uniformly and
     takes it `terms` times: the same mean, larger variance, and no smaller cost in a scan.
+
+    Raises ValueError unless `terms` is a positive integer.
     """
     check_rate("neumann_series", "scale", scale)
     _checks.positive_int("neumann_series", "terms", terms)

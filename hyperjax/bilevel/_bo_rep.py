@@ -47,6 +47,9 @@ def bo_rep(
       momentum: beta, within [0, 1).
 
     Hao, Gong and Liu 2024 (arXiv 2401.09587). They draw the batches of H v and J'v apart.
+
+    Raises ValueError for a momentum outside [0, 1) or `inner_steps` that are not a positive
+    integer.
     """
     check_rate(WHERE, "distance", distance)
     known = _checks.number(WHERE, "momentum", momentum)

@@ -16,6 +16,8 @@ from ._self_tuning import Outer, SelfTuningState, advance, check, descend, first
 
 
 class DeltaOptimizers(NamedTuple):
+    """States of the two optimizers of `delta_self_tuning`."""
+
     base: PyTree  # state of `optimizer`
     response: PyTree  # of `response_optimizer`
 

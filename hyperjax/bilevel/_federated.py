@@ -24,6 +24,8 @@ _AS_IT_IS, _GRADIENT = optax.sgd(1.0), optax.identity()
 
 
 class Rates(NamedTuple):
+    """The learning rates of a round."""
+
     server: Scalar  # alpha, of the server's step; 1 in federated averaging
     client: Scalar  # beta, with which clients begin a round
 
@@ -77,7 +79,8 @@ def hypergradient_rate(low: float | Scalar, high: float | Scalar, *, scale=1.0) 
     The rule of FedHyper; there scale is 1 and the bounds are 1 / gamma and gamma, with gamma 3 for
     the server and 10 for clients. For clients absolute bounds of the size of a rate are our
     advice: the sum has no scale, and without a cap rates go to where training diverges. All three
-    numbers may be traced; ValueError if `low` and `high` are known and not 0 <= low <= high.
+    numbers may be traced. Raises ValueError if `low` and `high` are known and not 0 <= low <= high,
+    or for a `scale` that is not a number >= 0.
     """
     where = "hypergradient_rate"
     _checks.number(where, "scale", scale)
@@ -88,7 +91,10 @@ def hypergradient_rate(low: float | Scalar, high: float | Scalar, *, scale=1.0) 
 
 
 def decaying_rate(factor: float | Scalar, *, every: int = 1) -> Rule:
-    """The rate times `factor` after every `every` steps: exponential decay, or decay in steps."""
+    """The rate times `factor` after every `every` steps: exponential decay, or decay in steps.
+
+    Raises ValueError unless `factor` is a number >= 0 and `every` a positive integer.
+    """
     _checks.number("decaying_rate", "factor", factor)
     _checks.positive_int("decaying_rate", "every", every)
     return lambda rate, signal: jnp.where((signal.steps + 1) % every == 0, factor * rate, rate)
@@ -99,6 +105,8 @@ def extrapolated_rate(eps: float | Scalar = 1e-3) -> Rule:
 
     FedExP (Jhunjhunwala, Wang, Joshi, ICLR 2023, arXiv 2301.09604): the more clients disagree, the
     longer the step along their average.
+
+    Raises ValueError unless `eps` is a number >= 0.
     """
     _checks.number("extrapolated_rate", "eps", eps)
     return lambda rate, signal: jnp.maximum(1, signal.squares / (2 * (signal.square + eps)))

@@ -30,6 +30,8 @@ class EMSettings(NamedTuple):
 
 
 class EMState(NamedTuple):
+    """State of generalized EM on one episode."""
+
     params: jax.Array  # [queries, classes]: ln u, the logarithm of the assignments
     classes: PyTree  # theta, what is estimated for each class: leaves [classes, features]
     log_share: jax.Array  # [classes]: ln pi, the share of the queries that each class has

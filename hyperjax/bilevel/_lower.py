@@ -20,6 +20,8 @@ Constant: TypeAlias = float | Scalar | Callable[[HParams, Batch], Scalar]
 
 
 class LowerInfo(NamedTuple):
+    """How a lower solve went."""
+
     iterations: jax.Array  # int32
     gradients: jax.Array  # int32: of the loss, the one at the start included
     stationarity: Scalar  # |gradient| at the params returned, 2-norm

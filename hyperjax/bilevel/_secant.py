@@ -21,6 +21,8 @@ from .._types import Params, Preconditioner, Scalar
 
 
 class Secants(NamedTuple):
+    """Pairs of steps and changes of the gradient, from which L-BFGS knows the curvature."""
+
     steps: Params  # s, leaves [memory, ...], in a ring; scaled to |s| = 1
     slopes: Params  # y, likewise, by the same factor
     weights: jax.Array  # [memory]: 1 / s'y; 0 where there is no pair yet

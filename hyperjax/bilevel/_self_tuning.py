@@ -27,6 +27,8 @@ from ._gaussian import (
 
 
 class SelfTuningState(NamedTuple):
+    """State of `self_tuning` and `delta_self_tuning`."""
+
     params: Params  # of the hypernetwork: `net.apply(params, hparams.mean)` are the model's
     hparams: Gaussian
     params_state: PyTree
@@ -36,6 +38,8 @@ class SelfTuningState(NamedTuple):
 
 
 class SelfTuningInfo(NamedTuple):
+    """One outer step of self-tuning, for the eye."""
+
     # A perturbed batch is one call, whatever its number of groups. What an optimizer that searches
     # along its direction evaluates there is not counted.
     calls: Calls

@@ -48,6 +48,8 @@ WHERE = "single_loop"
 
 
 class SingleLoopState(NamedTuple):
+    """State of `single_loop` and of all its settings."""
+
     params: Params
     hparams: HParams
     adjoint: Params  # v
@@ -58,6 +60,8 @@ class SingleLoopState(NamedTuple):
 
 
 class SingleLoopInfo(NamedTuple):
+    """What a step cost, and what it knows of its own error."""
+
     calls: Calls
     # |g_p|, 2-norm, where the directions were looked at, as estimated. It grows from step to step
     # if the steps of params are too large.

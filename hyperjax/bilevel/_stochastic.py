@@ -122,6 +122,8 @@ def amigo(
     [1, ...]. A function of the step number for `params_rate` counts inner steps.
 
     Arbel and Mairal 2022 (arXiv 2111.14580).
+
+    Raises ValueError unless `inner_steps` is a positive integer.
     """
     return single_loop(
         loss,
@@ -152,6 +154,8 @@ def stocbio(
     terms - 1, its eta `adjoint_rate`, and the leading factor, which some code omits, is there.
 
     Ji, Yang and Liang 2021 (arXiv 2010.07962), Algorithm 2 and equation 6.
+
+    Raises ValueError unless `inner_steps` is a positive integer.
     """
     return single_loop(
         loss,

@@ -40,13 +40,18 @@ class Region(NamedTuple):
 
 
 class HintBatch(NamedTuple):
+    """A minibatch for `hint`."""
+
     share: jax.Array | float  # of the radii that is in force, 0 to 1: see `radius_schedule`
     x: jax.Array  # [batch, ...]
     labels: jax.Array  # [batch], integers
 
 
 def learnt_radii(size: float | jax.Array) -> Box:
-    """Boxes of a `Region`: radii size * softmax(raw), of which the sum is `size`, may be traced."""
+    """Boxes of a `Region`: radii size * softmax(raw), of which the sum is `size`, may be traced.
+
+    Raises ValueError unless `size` is a number >= 0.
+    """
     _checks.number("learnt_radii", "size", size)
 
     def box(region: Region, share: jax.Array | float) -> Interval:
@@ -60,6 +65,8 @@ def nested_boxes(size: float | jax.Array) -> Box:
 
     All of them hold the box of radius size / 2d around zero, whatever the embeddings are: a
     network made from there is one for all tasks. Only the radii grow with `share`.
+
+    Raises ValueError unless `size` is a number >= 0.
     """
     _checks.number("nested_boxes", "size", size)
 
@@ -71,7 +78,10 @@ def nested_boxes(size: float | jax.Array) -> Box:
 
 
 def radius_schedule(steps: int) -> jax.Array:
-    """The share of the radii at each step of a task: from 0 to 1 over the first half, [steps]."""
+    """The share of the radii at each step of a task: from 0 to 1 over the first half, [steps].
+
+    Raises ValueError unless `steps` is an integer >= 2.
+    """
     _checks.positive_int("radius_schedule", "steps", steps, least=2)
     return jnp.minimum(1, jnp.arange(steps) / max(steps // 2 - 1, 1))
 

@@ -145,6 +145,8 @@ def certified(logits: Interval, labels: jax.Array) -> jax.Array:
 
 
 class Overlap(NamedTuple):
+    """What boxes have in common."""
+
     box: Interval  # lower > upper somewhere if it is empty
     empty: jax.Array  # bool
 

@@ -30,6 +30,8 @@ Ahead: TypeAlias = Callable[[Moved, PyTree, Moved], PyTree]
 
 
 class ContinualState(NamedTuple):
+    """Hypernetwork, embeddings of all tasks, and what is held of those before."""
+
     phi: Phi
     embeddings: Embeddings  # leaves [tasks, ...]
     stored: Params  # leaves [tasks, ...]: outputs of all embeddings when the task began
@@ -38,6 +40,8 @@ class ContinualState(NamedTuple):
 
 
 class ContinualInfo(NamedTuple):
+    """One training step on a task, for the eye."""
+
     loss: jax.Array  # of the task, before the step
     penalty: jax.Array  # mean over the tasks before of |output - stored|^2, without its strength
     finite: jax.Array  # bool; False: the step would have made a NaN, and was left out
@@ -219,6 +223,8 @@ def learn_tasks(
 
 
 class Transfer(NamedTuple):
+    """How well tasks are kept; scores are the larger the better."""
+
     final: jax.Array  # mean score over all tasks at the end
     learnt: jax.Array  # mean score of each task right after it was learnt
     backward: jax.Array  # mean change since a task was learnt, over all but the last

@@ -12,6 +12,8 @@ from . import _common
 
 
 class DifferenceState(NamedTuple):
+    """The carry of `antithetic` and `spsa`."""
+
     carry: Carry  # of training with the hyperparameters themselves
     key: Key
 

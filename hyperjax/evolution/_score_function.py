@@ -33,11 +33,15 @@ class Distribution(NamedTuple):
 
 
 class ScoreFunctionState(NamedTuple):
+    """The carry of `score_function`."""
+
     carry: Carry
     key: Key
 
 
 class ScoreFunctionInfo(NamedTuple):
+    """What was sampled, and how noisy the gradient is."""
+
     standard_error: HParams  # of each entry of the gradient
     sampled: PyTree  # [samples, ...]
     scores: jax.Array  # [samples]

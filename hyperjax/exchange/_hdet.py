@@ -15,6 +15,8 @@ from ._replace import random_finite
 
 
 class HdetState(NamedTuple):
+    """State of `hdet`."""
+
     calls: jax.Array  # int32: outer steps since the last convergence
     total: jax.Array  # [P]: sum of the scores of these steps
     base: _controller.Base

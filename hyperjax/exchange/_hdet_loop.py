@@ -70,6 +70,8 @@ def hdet_loop(
 
     Cost: one all-reduce of the params per convergence. With width 0 this is data parallelism, bit
     for bit if the number of devices is a power of two (a sum of equal numbers rounds otherwise).
+
+    Raises as `hdet` does, and ValueError for a state that was made for another number of devices.
     """
     conf = _controller.settings(
         "hdet_loop", space, width, gain, momentum, sigma, update, decay, warm_up

@@ -17,6 +17,9 @@ def tournament(explore: Explore, *, every: int = 1) -> Exchange:
         member that has not diverged.
 
     Members are tuner states with a field `hparams`.
+
+    Raises TypeError unless `explore` is a function, ValueError unless `every` is a positive
+    integer.
     """
     _checks.is_callable("tournament", "explore", explore)
     _checks.positive_int("tournament", "every", every)

@@ -42,7 +42,11 @@ def mlp(
     *,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.leaky_relu,
 ) -> Body:
-    """A perceptron with an activation after every layer; He-normal weights, zero biases."""
+    """A perceptron with an activation after every layer; He-normal weights, zero biases.
+
+    Raises ValueError for no layers or widths that are not positive integers, TypeError unless
+    `activation` is a function.
+    """
     hidden = tuple(hidden)
     for width in hidden:
         _checks.positive_int("mlp", "hidden", width)
@@ -68,6 +72,8 @@ def recurrent(width: int, *, cell: Literal["lstm", "gru"] = "lstm") -> Body:
     The body of dependency-preserving hypernetworks (Chandra et al. 2023, WACV; only their abstract
     was at hand), with `per_leaf` or `chunks`. Its phi are the weights of `lstm` or `gru`, the
     layers for models; forget gates begin with a bias of 1.
+
+    Raises ValueError unless `width` is a positive integer, and for an unknown cell.
     """
     _checks.positive_int("recurrent", "width", width)
     _checks.one_of("recurrent", "cell", cell, ("lstm", "gru"))
@@ -92,6 +98,8 @@ def attention(width: int, *, heads: int = 4, layers: int = 1) -> Body:
 
     Each block adds to its input; what it reads is divided by its root mean square. The slots know
     their place by their codes alone.
+
+    Raises ValueError unless all are positive integers and `heads` divides `width`.
     """
     for name, value in (("width", width), ("heads", heads), ("layers", layers)):
         _checks.positive_int("attention", name, value)
@@ -130,6 +138,8 @@ def convolution(channels: Sequence[int], *, kernel: int = 3) -> Body:
     """Convolutions along the slots, padded with zeros, leaky ReLU after each.
 
     A body of a hypernetwork; the layer for models is `conv`.
+
+    Raises ValueError for no channels, or numbers that are not positive integers.
     """
     channels = tuple(channels)
     _checks.positive_int("convolution", "kernel", kernel)

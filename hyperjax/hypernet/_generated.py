@@ -27,6 +27,8 @@ class Layout:
 
 
 class Generated(NamedTuple):
+    """The weights of a `generated` hypernetwork."""
+
     inputs: PyTree
     codes: jax.Array  # [slots, code]
     body: PyTree

@@ -55,7 +55,10 @@ def task_embedding(count: int, size: int) -> Inputs:
 
 
 def static_input(size: int) -> Inputs:
-    """One learnt vector [size], whatever hparams are: the same weights for all (static inputs)."""
+    """One learnt vector [size], whatever hparams are: the same weights for all (static inputs).
+
+    Raises ValueError unless `size` is a positive integer.
+    """
     _checks.positive_int("static_input", "size", size)
     return Inputs(
         lambda key, hparams: jax.random.normal(key, (size,), float),
@@ -64,7 +67,10 @@ def static_input(size: int) -> Inputs:
 
 
 def noise_input(size: int) -> Inputs:
-    """Standard normal noise [size] from hparams, a PRNG key: a distribution over params."""
+    """Standard normal noise [size] from hparams, a PRNG key: a distribution over params.
+
+    Raises ValueError unless `size` is a positive integer, TypeError for hparams that are no key.
+    """
     _checks.positive_int("noise_input", "size", size)
 
     def draw(hparams: HParams) -> jax.Array:
@@ -87,6 +93,8 @@ def joined(parts: Mapping[str, Inputs]) -> Inputs:
     """Several inputs side by side; hparams is a dict with an entry for each of `parts`.
 
     `joined({"task": task_embedding(10, 8), "key": noise_input(4)})` reads {"task": 3, "key": key}.
+
+    Raises ValueError without parts, and for hparams that are no dict with the same keys.
     """
     parts = dict(parts)
     if not parts:

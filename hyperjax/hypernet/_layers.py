@@ -128,6 +128,8 @@ def square_norm(weight: Weight) -> jax.Array:
     vmap over hyperparameters they are taken once. The price is rounding of about eps (|W|^2 +
     |s V|^2), eps that of the dtype, which matters where W and s V cancel; what would come out
     negative for an output is 0. The derivative is that of the sums.
+
+    Raises ValueError for a weight without axes, or a gated one whose parts do not fit.
     """
     _check_weight("square_norm", "weight", weight, rank=None)
     if not isinstance(weight, Gated):
@@ -145,6 +147,8 @@ def masked(weight: Weight, mask: jax.Array) -> Weight:
 
     `mask` has the shape of the weight and any type. One mask per example would be a weight per
     example: draw it once for the batch.
+
+    Raises ValueError unless `mask` has the shape of the weight.
     """
     _check_weight("masked", "weight", weight, rank=None)
     if jnp.shape(mask) != _shape(weight):

@@ -13,6 +13,8 @@ from ._types import Hypernet, Phi
 
 
 class Additive(NamedTuple):
+    """The weights of `magnitude_invariant`: params, and what is added to them."""
+
     base: Params
     response: Phi
 

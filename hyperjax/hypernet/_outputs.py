@@ -66,6 +66,8 @@ def per_leaf(*, code: int = 8) -> Outputs:
     """One slot and one head per leaf, in the order of the leaves: layers in sequence.
 
     With `code=0` a body without memory gives all heads the same features, and this is `whole`.
+
+    Raises ValueError unless `code` is an integer >= 0.
     """
     _checks.positive_int("per_leaf", "code", code, least=0)
     return Outputs(
@@ -77,7 +79,10 @@ def per_leaf(*, code: int = 8) -> Outputs:
 
 
 def per_unit(*, code: int = 8) -> Outputs:
-    """One slot per output unit, the last axis of a leaf; one head per leaf for all its units."""
+    """One slot per output unit, the last axis of a leaf; one head per leaf for all its units.
+
+    Raises ValueError unless `code` is a positive integer.
+    """
     _checks.positive_int("per_unit", "code", code)
 
     def rows(leaf: jax.Array) -> jax.Array:
@@ -97,6 +102,8 @@ def chunks(size: int, *, code: int = 8) -> Outputs:
     The fewest parameters: von Oswald et al. 2020 (arXiv 1906.00695). No chunk lies across two
     leaves, the last of a leaf is cut to fit, and each has a learnt gain and offset, so that leaves
     begin at their own scale though the head is shared.
+
+    Raises ValueError unless `size` and `code` are positive integers.
     """
     _checks.positive_int("chunks", "size", size)
     _checks.positive_int("chunks", "code", code)

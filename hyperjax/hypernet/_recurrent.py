@@ -21,6 +21,8 @@ class RecurrentWeights(NamedTuple):
 
 
 class LSTMState(NamedTuple):
+    """What an LSTM carries along the sequence."""
+
     hidden: jax.Array  # [..., hidden]
     cell: jax.Array  # [..., hidden]
 

@@ -75,6 +75,9 @@ def gate(
     it is the exact best response of a linear network with two layers under an L2 or a
     Jacobian-norm penalty (their theorem 2), but no longer linear in z. Where activation(0) is not
     0, `response` begins at zero: at z = 0 the weights are the model's to begin with.
+
+    Raises ValueError for a scale that is not a finite number >= 0, TypeError unless `activation` is
+    a function.
     """
     _checks.number("gate", "scale", scale)
     if activation is not None:
@@ -106,6 +109,8 @@ def low_rank(rank: int, *, scale: float = 0.01) -> Rule:
     The leaf is taken as a matrix [in, out], `out` its last axis. `left` and `right` begin as
     normal noise of variance 1 / in and 1 / rank, `gate` of deviation `scale`. For leaves with two
     axes or more.
+
+    Raises ValueError unless `rank` is a positive integer and the leaf has two axes or more.
     """
     _checks.positive_int("low_rank", "rank", rank)
     _checks.number("low_rank", "scale", scale)

@@ -13,6 +13,8 @@ from ._types import Hypernet, ravel
 
 
 class BestResponse(NamedTuple):
+    """The weights of `structured`: params, and how each leaf answers."""
+
     base: Params  # as the model has them
     response: tuple[PyTree, ...]  # of every leaf, in the order of the leaves
 

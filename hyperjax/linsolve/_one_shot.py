@@ -34,6 +34,8 @@ def identity(scale: float | Scalar = 1.0) -> LinearSolve:
     T1-T2 (Luketina et al. 2016, arXiv 1511.06727) for a stationary point, with `scale` the rate of
     the inner steps; "Jacobian-free" backpropagation (Fung et al. 2022, arXiv 2103.12803) with
     scale 1 for a fixed point. `SolveInfo.residual` says how wrong it is.
+
+    Raises ValueError unless `scale` is a positive number.
     """
     _checks.number("identity", "scale", scale, positive=True)
     return one_shot(Preconditioner(lambda matvec, like: (), lambda state, v: _tree.scale(scale, v)))
@@ -44,6 +46,8 @@ def prebuilt(preconditioner: Preconditioner, state: State) -> Preconditioner:
 
     Solves then spend no products on it. How old the state may be depends on how fast A changes:
     with `cg` an old one costs iterations, never correctness.
+
+    Raises TypeError for what is no `Preconditioner`.
     """
     _checks.has_functions("prebuilt", "preconditioner", preconditioner, ("build", "apply"))
     return Preconditioner(lambda matvec, like: state, preconditioner.apply)

@@ -173,6 +173,9 @@ def learned(
 
     Starts from the uniform soup. The factor is exp of what is learnt, the coefficients are a
     softmax. Returns `weights` as a tree like params of [P] either way. All P models are in memory.
+
+    Raises ValueError for an unknown `per` and batches whose leading axes differ, TypeError for a
+    loss that is not a scalar.
     """
     _checks.one_of("learned", "per", per, ("tensor", "model"))
     _checks.is_callable("learned", "loss", loss)

@@ -13,6 +13,8 @@ from .._types import Params, Scalar, State
 
 
 class HypergradientDescentState(NamedTuple):
+    """State of `hypergradient_descent`."""
+
     learning_rate: Scalar  # in force in the last update
     last: Params  # the direction u of the last update; zero at first
     direction: State

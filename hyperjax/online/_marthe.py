@@ -13,6 +13,8 @@ from . import _tangents
 
 
 class MartheCarry(NamedTuple):
+    """The carry of `marthe`, for N scalar hyperparameters."""
+
     state: State
     tangent: State  # as in RthoCarry, N rows
     newest: jax.Array  # [N]: what the last step alone contributed to the gradient
@@ -21,6 +23,8 @@ class MartheCarry(NamedTuple):
 
 
 class MartheInfo(NamedTuple):
+    """How much of the past is in an estimate."""
+
     decay: HParams  # mu in force, one per scalar hyperparameter, in [0, 1]
 
 

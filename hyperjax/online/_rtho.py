@@ -13,6 +13,8 @@ from . import _tangents
 
 
 class RthoCarry(NamedTuple):
+    """The carry of `rtho`: a state of training and its derivative."""
+
     state: State
     tangent: State  # d state / d hparams: leaves [N, ...] for N scalars, None for counters and keys
 

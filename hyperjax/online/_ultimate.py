@@ -21,6 +21,8 @@ class Last(NamedTuple):
 
 
 class UltimateState(NamedTuple):
+    """State of `ultimate`."""
+
     hparams: HParams  # in force in the last update
     opt_state: State
     over: State

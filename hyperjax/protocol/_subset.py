@@ -36,6 +36,8 @@ def discrepancies(points: ArrayLike, subsets: ArrayLike) -> np.ndarray:
 
     The largest difference, over boxes with one corner at the origin, between the share of the
     subset and the share of all points that lie in the box.
+
+    Raises ValueError for subsets of another shape, and for an empty one.
     """
     inside = _boxes(_table("discrepancies", "points", points))
     chosen = np.atleast_2d(np.asarray(subsets, bool)).astype(np.float32)

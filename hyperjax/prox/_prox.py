@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from .. import _checks
 from .._types import HParams, Params, PyTree, Scalar
 
+# (params, hparams, rate) -> params: the proximal operator of rate times a penalty.
 Prox: TypeAlias = Callable[[Params, HParams, Scalar | float], Params]
 Weight: TypeAlias = Callable[[HParams], PyTree]
 
@@ -23,6 +24,8 @@ def lasso(weight: Weight) -> Prox:
 
     The weight has to stay positive, for example as `lambda h: jnp.exp(h["l1"])`: a negative one
     would expand.
+
+    Raises TypeError unless `weight` is a function.
     """
     _checks.is_callable("lasso", "weight", weight)
 
@@ -34,7 +37,10 @@ def lasso(weight: Weight) -> Prox:
 
 
 def elastic_net(l1: Weight, l2: Weight) -> Prox:
-    """Of l1 |w|_1 + l2 |w|^2 / 2: soft thresholding, then shrinkage (Zou and Hastie 2005)."""
+    """Of l1 |w|_1 + l2 |w|^2 / 2: soft thresholding, then shrinkage (Zou and Hastie 2005).
+
+    Raises TypeError unless both weights are functions.
+    """
     _checks.is_callable("elastic_net", "l2", l2)
     soft = lasso(l1)
 
@@ -54,6 +60,8 @@ def box(lower: Weight, upper: Weight) -> Prox:
     """Of the constraint lower(hparams) <= w <= upper(hparams): projection.
 
     Where lower exceeds upper, w = upper.
+
+    Raises TypeError unless both are functions.
     """
     _checks.is_callable("box", "lower", lower)
     _checks.is_callable("box", "upper", upper)

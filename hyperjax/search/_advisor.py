@@ -16,6 +16,8 @@ Trial = tuple[np.ndarray, float]
 
 
 class AdvisedState(NamedTuple):
+    """State of `advised`."""
+
     search: State
     best: tuple[Trial, ...]  # the best trials, best first
     recent: tuple[Trial, ...]  # the latest, oldest first

@@ -13,6 +13,8 @@ from ._halving import ALONE, survivors
 
 
 class AshaState(NamedTuple):
+    """State of `asha`, for N candidates, P slots and K rungs."""
+
     members: State  # leaves [N, ...]: every candidate, started or not, as far as it has trained
     steps: jax.Array  # int32 [N]: outer steps it has had
     finished: jax.Array  # int32 [N]: rungs it has finished
@@ -22,6 +24,8 @@ class AshaState(NamedTuple):
 
 
 class AshaMetrics(NamedTuple):
+    """One step of all slots, for the eye."""
+
     value: Scalar  # of the leader: its score at the highest rung that anyone has finished
     finite: jax.Array  # whether there is a leader
     leader: jax.Array  # int32: its row among the candidates

@@ -26,6 +26,8 @@ REFINED, REFINE_STEPS, REFINE_RATE = 4, 20, 0.005
 
 
 class BayesianState(NamedTuple):
+    """State of `bayesian`, for M evaluations at most in D dimensions."""
+
     key: Key
     points: jax.Array  # [M, D]
     scores: jax.Array  # [M]; infinite for a failed evaluation
@@ -75,6 +77,9 @@ def bayesian(
 
     Cost of a call: about 20 (samples + warmup) (3 + dim) factorizations of a matrix of `memory`
     rows. In single precision the noise has a floor near 1e-4 for `memory` = 100, from rounding.
+
+    Raises ValueError for counts that are not positive integers, a `memory` that does not hold a
+    batch, and unknown `hyperparameters`.
     """
     for name, value in {
         "dim": dim, "batch": batch, "memory": memory, "initial": initial, "samples": samples,

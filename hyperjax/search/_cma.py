@@ -12,6 +12,8 @@ from ._types import Search
 
 
 class CmaState(NamedTuple):
+    """State of `from_cmaes`."""
+
     optimizer: Any  # changes as it is asked and told
     pending: tuple[tuple[np.ndarray, float], ...]  # told, but not yet a whole population
 

@@ -29,6 +29,8 @@ class Genes(NamedTuple):
 
 
 class EvolutionState(NamedTuple):
+    """State of `differential_evolution`."""
+
     key: Key
     points: jax.Array  # [N, D], the population
     scores: jax.Array  # [N]; infinite before the first evaluation that did not fail
@@ -69,7 +71,10 @@ def genes(
 
 
 def genes_from_unit(point: jax.Array) -> Genes:
-    """Genes at a point [6] of the unit cube, in the order of the fields; choices equally likely."""
+    """Genes at a point [6] of the unit cube, in the order of the fields; choices equally likely.
+
+    Raises ValueError for a point of another shape.
+    """
     if jnp.shape(point)[-1:] != (6,):
         raise ValueError(
             f"genes_from_unit: expected `point` [6], one entry per gene; got "

@@ -12,6 +12,8 @@ from ._types import Search
 
 
 class EvosaxState(NamedTuple):
+    """State of `from_evosax`."""
+
     key: Key
     inner: PyTree  # the algorithm's
     free: jax.Array  # [N, D]: the points asked, in the algorithm's coordinates

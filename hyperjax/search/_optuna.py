@@ -13,6 +13,8 @@ from ._types import Search
 
 
 class OptunaState(NamedTuple):
+    """State of `from_optuna`."""
+
     study: Any  # changes as it is asked and told
     trials: tuple[Any, ...]  # asked, not yet told
 

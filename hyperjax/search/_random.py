@@ -7,7 +7,10 @@ from ._types import Search
 
 
 def random(dim: int, batch: int) -> Search:
-    """`batch` uniform points of the `dim`-dimensional unit cube at a time; scores teach nothing."""
+    """`batch` uniform points of the `dim`-dimensional unit cube at a time; scores teach nothing.
+
+    Raises ValueError unless both are positive integers.
+    """
     _checks.positive_int("random", "dim", dim)
     _checks.positive_int("random", "batch", batch)
 

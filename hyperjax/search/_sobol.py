@@ -15,6 +15,8 @@ INDEX, DIGITS = 20, 24
 
 
 class SobolState(NamedTuple):
+    """State of `sobol`."""
+
     following: jax.Array  # int32: the number of the next point
     columns: jax.Array  # bool [INDEX, D, DIGITS]: what each bit of the index adds, modulo 2
     shift: jax.Array  # bool [D, DIGITS]

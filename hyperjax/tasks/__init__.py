@@ -38,6 +38,9 @@ from ._denoising import fields_of_experts as fields_of_experts
 from ._denoising import total_variation as total_variation
 from ._digits import digit_images as digit_images
 from ._digits import digits as digits
+from ._ett import Series as Series
+from ._ett import ett as ett
+from ._ett import lagged as lagged
 from ._few_shot import Labelled as Labelled
 from ._few_shot import episodes as episodes
 from ._few_shot import omniglot as omniglot
@@ -47,6 +50,7 @@ from ._images import digit_mosaics as digit_mosaics
 from ._images import kodak as kodak
 from ._images import psnr as psnr
 from ._images import read_image as read_image
+from ._images import ssim as ssim
 from ._intents import banking77 as banking77
 from ._intents import banking77_cleaning as banking77_cleaning
 from ._intents import clinc150 as clinc150
@@ -79,6 +83,8 @@ from ._representation import meta_batches as meta_batches
 from ._representation import meta_split as meta_split
 from ._representation import meta_tasks as meta_tasks
 from ._representation import representation_losses as representation_losses
+from ._shakespeare import Characters as Characters
+from ._shakespeare import shakespeare as shakespeare
 from ._task import Task as Task
 from ._task import check_task as check_task
 from ._text import Corpus as Corpus
@@ -88,6 +94,8 @@ from ._text import encode as encode
 from ._text import tokenized as tokenized
 from ._text import vocabulary as vocabulary
 from ._text import words as words
+from ._uci import Regression as Regression
+from ._uci import uci as uci
 from ._weight_penalties import small_mnist as small_mnist
 from ._weight_penalties import weight_penalties as weight_penalties
 from ._wikitext import Prose as Prose

@@ -40,7 +40,10 @@ def dropout(key: Key, x: jax.Array, rate: Scalar | float) -> jax.Array:
 
 
 def scaling(key: Key, images: jax.Array, strength: Scalar | float) -> jax.Array:
-    """Each image times a factor that is uniform in (1 / (1 + strength), 1 + strength)."""
+    """Each image times a factor that is uniform in (1 / (1 + strength), 1 + strength).
+
+    Raises ValueError for images of another shape.
+    """
     _check("scaling", images, colours=False)
     high = 1 + _as(images, strength)
     low = 1 / high
@@ -48,13 +51,19 @@ def scaling(key: Key, images: jax.Array, strength: Scalar | float) -> jax.Array:
 
 
 def brightness(key: Key, images: jax.Array, strength: Scalar | float) -> jax.Array:
-    """Each image times a factor that is uniform in (1 - strength, 1 + strength), 0 the black."""
+    """Each image times a factor that is uniform in (1 - strength, 1 + strength), 0 the black.
+
+    Raises ValueError for images of another shape.
+    """
     _check("brightness", images, colours=False)
     return images * (1 + _symmetric(key, images, strength))
 
 
 def contrast(key: Key, images: jax.Array, strength: Scalar | float) -> jax.Array:
-    """Distances from the mean luma of the image times a factor as in `brightness`."""
+    """Distances from the mean luma of the image times a factor as in `brightness`.
+
+    Raises ValueError for images of another shape.
+    """
     _check("contrast", images)
     mean = jnp.mean(_luma(images), axis=(-3, -2), keepdims=True)
     return images + _symmetric(key, images, strength) * (images - mean)
@@ -64,6 +73,8 @@ def saturation(key: Key, images: jax.Array, strength: Scalar | float) -> jax.Arr
     """Distances from grey, that is of each pixel from its luma, times a factor as in `brightness`.
 
     Luma is preserved.
+
+    Raises ValueError for images of another shape.
     """
     _check("saturation", images)
     return images + _symmetric(key, images, strength) * (images - _luma(images))
@@ -75,6 +86,8 @@ def hue(key: Key, images: jax.Array, strength: Scalar | float) -> jax.Array:
     The part of a pixel off its luma is rotated in the plane of constant luma, which preserves its
     luma and its length (in red, green and blue). The usual shift of H in HSV is neither linear nor
     smooth, and changes luma.
+
+    Raises ValueError for images of another shape.
     """
     _check("hue", images)
     angle = 2 * jnp.pi * _symmetric(key, images, strength)
@@ -94,6 +107,8 @@ def cutout(
     overlap. `holes`, at most `most`, and `length` are traced and rounded down; they count as
     constants. Zero is the mean of standardized images. Source: DeVries and Taylor 2017, arXiv
     1708.04552.
+
+    Raises ValueError for images of another shape, or a `most` that is not a positive integer.
     """
     _check("cutout", images, colours=False)
     _checks.positive_int("cutout", "most", most)

@@ -171,8 +171,84 @@ CONCRETE = DataFile(
     "UCI Concrete Compressive Strength, I-C. Yeh 1998, in treforevans/uci_datasets",
     "CC BY 4.0",
 )
+AUTO_MPG = DataFile(
+    "uci-autompg",
+    "uci_regression/autompg.data.csv.gz",
+    24_357,
+    "366fcd4d0defea716b4d0ba64ddc53b3c7f9162945e2260bbea3c46ecc8d9bff",
+    "UCI Auto MPG, R. Quinlan 1993, in treforevans/uci_datasets",
+    "CC BY 4.0",
+)
+ENERGY = DataFile(
+    "uci-energy",
+    "uci_regression/energy.data.csv.gz",
+    47_664,
+    "2f7b51540e7300945f03a8fdcc2683ec941b21b1952bc08e8f9b37ebe833c6db",
+    "UCI Energy Efficiency, A. Tsanas and A. Xifara 2012, in treforevans/uci_datasets",
+    "CC BY 4.0",
+)
+YACHT = DataFile(
+    "uci-yacht",
+    "uci_regression/yacht.data.csv.gz",
+    18_962,
+    "dc2871f60f28086c6b12738fc053647f13b29d770013baaf6d3f5806e219b3cb",
+    "UCI Yacht Hydrodynamics, J. Gerritsma et al. 1981, in treforevans/uci_datasets",
+    "CC BY 4.0",
+)
+CONCRETE_SPLITS = DataFile(
+    "uci-concrete-splits",
+    "uci_regression/concrete.test_mask.csv.gz",
+    20_600,
+    "49e0385a48bd0881197c0f057a126ec7d48bc1884be7cf3519a264327406691b",
+    "the ten splits of treforevans/uci_datasets",
+    "MIT",
+)
+AUTO_MPG_SPLITS = DataFile(
+    "uci-autompg-splits",
+    "uci_regression/autompg.test_mask.csv.gz",
+    7_840,
+    "3c47ecd58283cc787fab570be90b97c301428a3238bab9197a0b380e084a4cfd",
+    "the ten splits of treforevans/uci_datasets",
+    "MIT",
+)
+ENERGY_SPLITS = DataFile(
+    "uci-energy-splits",
+    "uci_regression/energy.test_mask.csv.gz",
+    15_360,
+    "0543dfa433308f84d7ba10bc44375e0849b14ff9324bda783e504371e39f14c6",
+    "the ten splits of treforevans/uci_datasets",
+    "MIT",
+)
+YACHT_SPLITS = DataFile(
+    "uci-yacht-splits",
+    "uci_regression/yacht.test_mask.csv.gz",
+    6_160,
+    "f48e2ccd419d64e8da3079b127b0f5c8f0c5de7be5897acf6cf9c3607a05dd00",
+    "the ten splits of treforevans/uci_datasets",
+    "MIT",
+)
+ETT_H1 = DataFile(
+    "ett-h1",
+    "ett/ETTh1.csv",
+    2_589_657,
+    "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066",
+    "ETTh1 of H. Zhou et al. 2021, zhouhaoyi/ETDataset on GitHub, ETT-small/",
+    "CC BY-ND 4.0",
+)
+SHAKESPEARE = DataFile(
+    "tinyshakespeare",
+    "tinyshakespeare/input.txt.gz",
+    1_115_394,
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    "Tiny Shakespeare, karpathy/char-rnn on GitHub, data/tinyshakespeare/input.txt",
+    "text in the public domain, repository MIT",
+)
 _MNIST_FILES = (MNIST_TRAIN_IMAGES, MNIST_TRAIN_LABELS, MNIST_TEST_IMAGES, MNIST_TEST_LABELS)
 _TEXTS = (BANKING_TRAIN, BANKING_TEST, CLINC, WIKITEXT_VALID, WIKITEXT_TEST)
+_UCI = (
+    *(CONCRETE, CONCRETE_SPLITS, AUTO_MPG, AUTO_MPG_SPLITS),
+    *(ENERGY, ENERGY_SPLITS, YACHT, YACHT_SPLITS),
+)
 _OUTSIDE = (
     A9A,
     *_MNIST_FILES,
@@ -182,7 +258,9 @@ _OUTSIDE = (
     OMNIGLOT_2,
     CIFAR_TRAIN,
     CIFAR_TEST,
-    CONCRETE,
+    *_UCI,
+    ETT_H1,
+    SHAKESPEARE,
 )
 
 

@@ -128,6 +128,8 @@ def dct_filters(size: int) -> np.ndarray:
     """All but the constant of the two-dimensional cosine transform: [size^2 - 1, size, size].
 
     Each has unit norm and no mean, and they are orthogonal to one another: 48 of 7 x 7.
+
+    Raises ValueError unless `size` is an integer >= 2.
     """
     _checks.positive_int("dct_filters", "size", size, least=2)
     places = (np.arange(size) + 0.5) * np.pi / size

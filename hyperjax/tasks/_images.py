@@ -14,6 +14,7 @@ from ._digits import digit_images
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, of red, green and blue
 _WHITE = {"uint8": 255, "uint16": 65535}
+_WINDOW = 11  # pixels of a side, of structural similarity
 
 
 def kodak(data_dir: str | Path | None = None) -> np.ndarray:
@@ -96,6 +97,37 @@ def add_noise(key: Key, clean: jax.Array, deviation: float | Scalar) -> jax.Arra
 def psnr(images: jax.Array, clean: jax.Array) -> jax.Array:
     """-10 log10 of the mean squared error, in dB, of each image [..., H, W] in [0, 1]: [...]."""
     return -10 * jnp.log10(jnp.mean((images - clean) ** 2, axis=(-2, -1)))
+
+
+def ssim(images: jax.Array, clean: jax.Array) -> jax.Array:
+    """Structural similarity of each image [..., H, W] in [0, 1] to its clean one: [...], at most 1.
+
+    The mean over all windows inside the image of Wang, Bovik, Sheikh and Simoncelli 2004 (IEEE
+    Transactions on Image Processing 13, section III.B): Gaussian windows of 11 x 11 pixels with a
+    deviation of 1.5, C1 = 0.01^2 and C2 = 0.03^2. Raises ValueError for images below 11 x 11.
+    """
+    sizes = jnp.shape(clean)[-2:]
+    if min(sizes) < _WINDOW:
+        raise ValueError(
+            f"ssim: images must be at least {_WINDOW} x {_WINDOW}; got {sizes[0]} x {sizes[1]}."
+        )
+    rows, columns = (jnp.asarray(_windows(n), jnp.result_type(images, clean)) for n in sizes)
+    mean = lambda x: jnp.einsum("ih,...hw,jw->...ij", rows, x, columns)
+    one, two = mean(images), mean(clean)
+    spread = mean(images**2) - one**2 + mean(clean**2) - two**2
+    together = mean(images * clean) - one * two
+    first, second = 0.01**2, 0.03**2
+    brightness = (2 * one * two + first) / (one**2 + two**2 + first)
+    return jnp.mean(brightness * (2 * together + second) / (spread + second), axis=(-2, -1))
+
+
+def _windows(size: int) -> np.ndarray:
+    """[size - 10, size]: the weights of each place of the window along one dimension."""
+    weights = np.exp(-((np.arange(_WINDOW) - _WINDOW // 2) ** 2) / (2 * 1.5**2))
+    places = np.arange(size - _WINDOW + 1)
+    matrix = np.zeros((len(places), size))
+    matrix[places[:, None], places[:, None] + np.arange(_WINDOW)] = weights / weights.sum()
+    return matrix
 
 
 def _read_array(path: Path) -> np.ndarray:

@@ -57,6 +57,8 @@ def permuted_mnist(
     tasks. `seed` chooses which of the official 60,000 validate, and the orders. Source: see
     `mnist`, and its errors. Von Oswald et al. 2020 (arXiv 1906.00695) pad to 32 x 32 before they
     permute; here there are 784 pixels.
+
+    Raises ValueError unless `tasks` is a positive integer.
     """
     _checks.positive_int("permuted_mnist", "tasks", tasks)
     pixels, labels, count = _mnist.images(data_dir)

@@ -114,6 +114,8 @@ def meta_batches(rows: np.ndarray, size: int) -> Callable[[Key, int], Batches]:
     """A function `(key, steps) -> {"index": int32 [steps, tasks, ways, size]}`.
 
     Of every task and class it draws `size` of the rows [tasks, ways, shots], with replacement.
+
+    Raises ValueError unless `size` is a positive integer.
     """
     table = jnp.asarray(rows, jnp.int32)
     _checks.positive_int("meta_batches", "size", size)

@@ -66,6 +66,8 @@ def vocabulary(texts: Iterable[str], least: int = 2) -> dict[str, int]:
     """Token of each word that occurs `least` times in `texts`, the most frequent first, from 2.
 
     Give it the training texts alone: a word that they do not have is UNKNOWN in the others.
+
+    Raises ValueError unless `least` is a positive integer.
     """
     _checks.positive_int("vocabulary", "least", least)
     counts = Counter(word for text in texts for word in words(text))
@@ -74,7 +76,10 @@ def vocabulary(texts: Iterable[str], least: int = 2) -> dict[str, int]:
 
 
 def encode(texts: Sequence[str], tokens: Mapping[str, int], length: int) -> np.ndarray:
-    """int32 [texts, length]: the first `length` words of each, PADDING behind the last."""
+    """int32 [texts, length]: the first `length` words of each, PADDING behind the last.
+
+    Raises ValueError unless `length` is a positive integer.
+    """
     _checks.positive_int("encode", "length", length)
     table = np.full((len(texts), length), PADDING, np.int32)
     for row, text in zip(table, texts, strict=True):

@@ -26,6 +26,8 @@ def weight_penalties() -> Convex:
 
     Source: Pedregosa 2016, arXiv 1602.02355, and Salehi et al., arXiv 2308.10098, whose penalties
     are 1,440 on MNIST of 12 x 12.
+
+    Raises ValueError unless hparams have the shapes of params.
     """
 
     def cross_entropy(params: Params, hparams: HParams, batch: Batch) -> Scalar:
