@@ -6,13 +6,12 @@ and `tests/test_kernels.py` holds it to what any op has to keep.
 """
 
 from functools import partial
-from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-Implementation: TypeAlias = Literal["auto", "xla", "pallas", "interpret"]
+from ._op import Implementation, choose
 
 # Named (rows, cols), read by the tests and by the benchmarks: what is measured is what is tested.
 SHAPES = {"one": (1, 1), "odd": (7, 3), "ragged": (129, 257), "layer": (256, 512)}
@@ -23,8 +22,10 @@ BLOCK = (128, 128)
 
 # Where the compiled body may run. On a GPU `pallas_call` needs Triton's `CompilerParams` (without
 # them it goes to Mosaic GPU, which is deprecated) and masks where blocks are not full: an op that
-# wants one brings a second body, as in `_vector_update.py`.
+# wants one brings a second body, and a public op imports its bodies when they are used, as
+# `_vector_update.py` does.
 PLATFORMS = ("tpu",)
+FASTER_ON: tuple[str, ...] = ()  # where the benchmark has shown it to be faster than XLA
 
 
 def reference(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -73,16 +74,12 @@ def scale_rows(
     implementation runs or raises: "xla" is the reference, "pallas" the compiled kernel,
     "interpret" the kernel's body run by XLA, on any backend, for tests.
     """
-    _check(x, scale, implementation)
-    if implementation in ("auto", "xla"):
-        return reference(x, scale)
-    return _pallas(x, scale, implementation == "interpret")
+    how = choose("scale_rows", implementation, platforms=PLATFORMS, faster_on=FASTER_ON)
+    _check(x, scale)
+    return reference(x, scale) if how == "xla" else _pallas(x, scale, how == "interpret")
 
 
-def _check(x: jax.Array, scale: jax.Array, implementation: str) -> None:
-    known = get_args(Implementation)
-    if implementation not in known:
-        raise ValueError(f"scale_rows: `implementation` is {implementation!r}, expected {known}.")
+def _check(x: jax.Array, scale: jax.Array) -> None:
     if jnp.ndim(x) != 2 or jnp.shape(scale) != jnp.shape(x)[:1]:
         raise ValueError(
             "scale_rows: `x` and `scale` have shapes "
@@ -91,10 +88,4 @@ def _check(x: jax.Array, scale: jax.Array, implementation: str) -> None:
     if x.dtype != scale.dtype:
         raise ValueError(
             f"scale_rows: `scale` is {scale.dtype}, expected the dtype of `x`, {x.dtype}."
-        )
-    backend = jax.default_backend()
-    if implementation == "pallas" and backend not in PLATFORMS:
-        raise ValueError(
-            f"scale_rows: `implementation` is 'pallas' and the backend {backend!r}, expected one "
-            f"of {PLATFORMS}; 'auto', 'xla' and 'interpret' run on any."
         )
