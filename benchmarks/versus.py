@@ -14,7 +14,7 @@ test loss of the model with the best validation loss so far, against inner train
 gradient evaluations (`_versus_ours.py` says what counts as how many) and against seconds, which are
 those of the processor, compilation apart: the wall's, where it has nothing else to do.
 
-The settings of our methods were chosen on seeds 100 to 102; those of the others are their defaults.
+The settings of our methods were chosen on seeds 100 to 107; those of the others are their defaults.
 Target: on three problems of five hyperjax reaches the final test loss of the best of the others in
 a third of its inner steps or less, in the mean over 5 seeds.
 """

@@ -22,6 +22,7 @@ from ._doubly_robust import RobustAdjoint as RobustAdjoint
 from ._doubly_robust import RobustInfo as RobustInfo
 from ._doubly_robust import doubly_robust as doubly_robust
 from ._doubly_robust import doubly_robust_vjp as doubly_robust_vjp
+from ._estimators import Restarted as Restarted
 from ._estimators import hypergradient as hypergradient
 from ._estimators import restart as restart
 from ._estimators import score_only as score_only
@@ -79,6 +80,7 @@ from ._secant import secant_gradient as secant_gradient
 from ._space import Space as Space
 from ._space import space as space
 from ._training_loss import training_loss as training_loss
+from ._tree import copies as copies
 from ._tuner import Metrics as Metrics
 from ._tuner import TunerState as TunerState
 from ._tuner import repeat as repeat

@@ -1,7 +1,7 @@
 """Estimators: a response and a score make a hypergradient."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,14 +90,31 @@ def score_only(
     return Estimator(_strong("score_only", init), estimate)
 
 
+class Restarted(NamedTuple):
+    """Carry of `restart`."""
+
+    start: Carry  # of the estimator within: where each estimate begins
+    trained: Carry  # where the last one ended; `start` before the first
+
+
 def restart(estimator: Estimator) -> Estimator:
-    """`estimator` from the same carry every time: each estimate trains from the beginning."""
+    """`estimator` from the same carry every time: each estimate trains from the beginning.
 
-    def estimate(hparams: HParams, carry: Carry, split: Split) -> tuple[Estimate, Carry]:
-        result, _ = estimator.estimate(hparams, carry, split)
-        return result, carry
+    The carry is a `Restarted`, whose `trained` is what the last estimate came to.
 
-    return Estimator(estimator.init, estimate)
+    Raises TypeError unless `estimator` has the functions of an `Estimator`.
+    """
+    _checks.has_functions("restart", "estimator", estimator, ("init", "estimate"))
+
+    def init(params: Params, hparams: HParams) -> Restarted:
+        start = estimator.init(params, hparams)
+        return Restarted(start, start)
+
+    def estimate(hparams: HParams, carry: Restarted, split: Split) -> tuple[Estimate, Restarted]:
+        result, trained = estimator.estimate(hparams, carry.start, split)
+        return result, Restarted(carry.start, trained)
+
+    return Estimator(init, estimate)
 
 
 def _strong(where, init):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from . import _checks
 from ._types import PyTree, Scalar
 
 
@@ -94,6 +95,19 @@ def take(tree: PyTree, index: jax.Array) -> PyTree:
     """Rows `index` of every leaf: [P, ...] and [Q] to [Q, ...]."""
     # NumPy arrays cannot be indexed by what is traced.
     return jax.tree.map(lambda x: jnp.asarray(x)[index], tree)
+
+
+def copies(tree: PyTree, count: int) -> PyTree:
+    """`count` times the same: leaves [count, *shape] for leaves [*shape].
+
+    One batch for all training steps, one first set of params for all members of a population, one
+    split for all outer steps. Large data need not be copied: let the loss close over it, and let
+    the batches be numbers or row indices.
+
+    Raises ValueError unless `count` is an integer of 1 or more.
+    """
+    _checks.positive_int("copies", "count", count)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), tree)
 
 
 def replace_at(where: Callable[[PyTree], PyTree], tree: PyTree, value: PyTree) -> PyTree:

@@ -47,11 +47,6 @@ jax.config.update("jax_enable_x64", True)
 STUDIES, MEMBERS = 5 if FULL else 1, 32
 
 
-def repeat(tree, times):
-    """The same leaves at every step: [times, ...]."""
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (times, *x.shape)), tree)
-
-
 # %% [markdown]
 # ## 1. One number, four ways
 #
@@ -115,7 +110,7 @@ exact = closed_form(start)
 inner = hj.inner(loss, lambda h: optax.sgd(0.6))
 optimality = hj.stationary(loss)
 plain = hj.unroll(inner.step)
-split = hj.Split(repeat(train, STEPS), valid)
+split = hj.Split(hj.copies(train, STEPS), valid)
 
 
 def gradient_by(response, mode="reverse"):
@@ -165,7 +160,7 @@ def solve_directly(h, carry, batches):
 
 ridge = hj.implicit(solve_directly, optimality, solve=hj.linsolve.cg(tol=1e-12))
 tuner = hj.tune(hj.hypergradient(ridge, score, lambda w, h: w), optax.adam(0.3))
-splits = repeat(hj.Split(repeat(train, 1), valid), OUTER + 1)
+splits = hj.copies(hj.Split(hj.copies(train, 1), valid), OUTER + 1)
 _, path = hj.run(tuner, tuner.init(jnp.zeros(FEATURES), start), splits)
 
 grid = jnp.linspace(np.log(1e-4), np.log(1e2), 201)
@@ -268,7 +263,7 @@ WINDOWS = 30
 def windows(key):
     keys = jax.random.split(key, WINDOWS)
     minibatches = jax.vmap(lambda k: task.batches(k, WINDOW))(keys)
-    return hj.Split(minibatches, repeat(task.valid, WINDOWS))
+    return hj.Split(minibatches, hj.copies(task.valid, WINDOWS))
 
 
 @jax.jit

@@ -114,7 +114,7 @@ def tuner(terms):
 def study(terms, seed):
     x, y = images(seed)
     part = lambda a, b: (x[a:b], y[a:b])
-    repeated = jax.tree.map(lambda z: jnp.broadcast_to(z, (INNER, *z.shape)), part(0, ROWS))
+    repeated = hj.copies(part(0, ROWS), INNER)
     params = network(jax.random.key(seed), x.shape[1])
     decays = jax.tree.map(lambda p: jnp.full_like(p, -6.0), params)
     made = tuner(terms)
@@ -168,7 +168,7 @@ _ = right.legend()
 x, y = images(0)
 params = network(jax.random.key(0), x.shape[1])
 decays = jax.tree.map(lambda p: jnp.full_like(p, -6.0), params)
-batches = jax.tree.map(lambda z: jnp.broadcast_to(z, (INNER, *z.shape)), (x[:ROWS], y[:ROWS]))
+batches = hj.copies((x[:ROWS], y[:ROWS]), INNER)
 split = hj.Split(batches, (x[ROWS : 2 * ROWS], y[ROWS : 2 * ROWS]))
 
 

@@ -95,7 +95,6 @@ adam = lambda raw: optax.chain(
 tuner = hj.tune(hj.training_loss(hj.inner(loss, adam), loss), optax.set_to_zero())
 rule = hj.exchange.hdet(space, width=0.5, sigma=0.002)
 together = hj.population(tuner, rule, axis_name="members")
-copies = lambda tree: jax.tree.map(lambda v: jnp.broadcast_to(v, (MEMBERS, *v.shape)), tree)
 
 
 @jax.jit
@@ -103,7 +102,7 @@ def hdet(start, seed):
     """Loss over all images of the averaged params, and the rates in force, [convergences]."""
     weights, key = jax.random.split(jax.random.key(seed))
     raw = space.unconstrain({"lr": start})
-    state = together.init(key, copies(init(weights)), copies(raw))
+    state = together.init(key, hj.copies(init(weights), MEMBERS), hj.copies(raw, MEMBERS))
     state, metrics = hj.run(together, state, hj.Split(rows_of(seed), ()))
     mean = jax.tree.map(lambda v: v.mean(0), state.members.carry.params)
     rates = jnp.append(start, metrics.events.base["lr"][:-1])  # each rules the steps after it

@@ -168,14 +168,6 @@ def study(rule):
     return run
 
 
-def lineage(parents, member):
-    """Slots [T] in which the ancestors of a final member were."""
-    slots = [member]
-    for row in parents[-2::-1]:
-        slots.append(int(row[slots[-1]]))
-    return np.array(slots[::-1])
-
-
 evolve = study(hj.exchange.truncation(0.25, hj.exchange.resample(space)))
 search = study(hj.exchange.isolation())
 replay = jax.jit(lambda start, h, rows: hj.replay(training, start, h, rows))
@@ -184,7 +176,7 @@ found = []
 for seed in range(SEEDS):
     start, train_rows, params, metrics, events = jax.device_get(evolve(jax.random.key(seed)))
     best = int(np.nanargmin(metrics.value[-1]))
-    slots = lineage(events.parents, best)
+    slots = np.asarray(hj.exchange.lineage(events.parents, best))
     schedule = pick(metrics.hparams, np.arange(UPDATES), slots)  # raw values, [UPDATES]
     again = replay(pick(start, slots[0]), schedule, train_rows)
     gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(), again, pick(params, best))

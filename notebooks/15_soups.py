@@ -120,7 +120,7 @@ def study(key, parts):
         h, first.init(init(weights), h), batches(draws, wide, 300, 256)
     )
     hparams = jax.vmap(space.sample)(jax.random.split(settings, MODELS))
-    copies = jax.tree.map(lambda v: jnp.broadcast_to(v, (MODELS, *v.shape)), start)
+    copies = hj.copies(start, MODELS)
     state = tuning.init(unused, copies, hparams)
     state, _ = tuning.step(state, hj.Split(batches(drawn, clean, STEPS, 64), ()))
     return start, state.members.carry.params

@@ -74,10 +74,8 @@ score = lambda w, h, batch: error(w, batch)
 tuner = hj.tune(hj.hypergradient(hj.unroll(training.step), score, training.init), optax.adam(0.1))
 rule = hj.exchange.truncation(0.25, hj.exchange.perturb(0.3))
 
-split = hj.Split((x[0], y[0]), (x[1], y[1]))
-times = lambda n: lambda a: jnp.broadcast_to(a, (n, *a.shape))
-split = split._replace(train=jax.tree.map(times(10), split.train))  # ten steps
-splits = jax.tree.map(times(8), split)  # of eight updates
+split = hj.Split(hj.copies((x[0], y[0]), 10), (x[1], y[1]))  # ten steps
+splits = hj.copies(split, 8)  # of eight updates
 
 
 def train(mesh, splits):

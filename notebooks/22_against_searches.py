@@ -64,8 +64,7 @@ def training(task):
 
 def batches(task, key, windows, steps):
     draw = jax.vmap(lambda k: task.batches(k, steps))(jax.random.split(key, windows))
-    repeat = lambda v: jnp.broadcast_to(v, (windows, *v.shape))
-    return hj.Split(draw, jax.tree.map(repeat, task.valid))
+    return hj.Split(draw, hj.copies(task.valid, windows))
 
 
 # %% [markdown]
@@ -113,7 +112,7 @@ def trainer(task):
     def evaluate(points, key):
         weights, data, unused = jax.random.split(key, 3)
         first = task.init(weights)
-        params = jax.tree.map(lambda v: jnp.broadcast_to(v, (BATCH, *v.shape)), first)
+        params = hj.copies(first, BATCH)
         state = pop.init(unused, params, task.space.from_unit(points))
         split = jax.tree.map(lambda v: v[0], batches(task, data, 1, WINDOW * WINDOWS))
         state, metrics = pop.step(state, split)

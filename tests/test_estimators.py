@@ -98,11 +98,14 @@ def test_carry_goes_on_and_restart_does_not():
         hparams, carry, split = start(p, estimator)
         call = jit(estimator.estimate)
         first, carry = call(hparams, carry, split)
+        once = carry.trained if name == "cold" else carry
         second, carry = call(hparams, carry, split)
         twice[name] = first, second, carry
     assert error(twice["cold"][0], twice["warm"][0]) == 0
     assert error(twice["cold"][1], twice["cold"][0]) == 0
-    assert error(twice["cold"][2], p.inner.init(p.params, p.hparams)) == 0
+    begun, trained = twice["cold"][2]
+    assert error(begun, p.inner.init(p.params, p.hparams)) == 0
+    assert error(trained, once) == 0
     # Two times five steps are ten.
     ten = problems.repeat(last(p.split.train), 10)
     params, _ = hj.unroll(p.inner.step)(p.hparams, warm.init(p.params, p.hparams), ten)

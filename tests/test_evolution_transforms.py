@@ -146,8 +146,11 @@ def test_members_draw_apart_and_chunks_do_not_matter(name):
 def test_the_carry_goes_on_and_restart_does_not(name):
     e, hparams = small(name)
     state = e.init(PARAMS, hparams)
-    after, again = (jit(x.estimate)(hparams, state, SPLIT)[1] for x in (e, hj.restart(e)))
+    cold = hj.restart(e)
+    after = jit(e.estimate)(hparams, state, SPLIT)[1]
+    again, trained = jit(cold.estimate)(hparams, cold.init(PARAMS, hparams), SPLIT)[1]
     if name == "antithetic":  # of score_function it is that of a sample
         close(after.carry.params, hj.unroll(descend)(hparams, state.carry, SPLIT.train)[0], 1e-14)
     assert error(after.carry.params, PARAMS) > 1e-2
     close(again, state, 0)
+    close(trained, after, 0)

@@ -333,3 +333,23 @@ def test_perturb_adds_independent_normal_noise_of_its_scale():
 def test_perturb_refuses_a_negative_scale():
     with pytest.raises(ValueError, match=r"`scale` must be >= 0; got -1"):
         hj.exchange.perturb(-1.0)
+
+
+def test_lineage_is_the_history_that_a_state_carries_forward():
+    rng = np.random.default_rng(0)
+    steps, size = 9, 6
+    parents = rng.integers(0, size, (steps, size))
+    # Forward: each state remembers the slots in which it trained; copies copy the memory.
+    memory: list[list[int]] = [[] for _ in range(size)]
+    for t in range(steps):
+        trained = [[*memory[m], m] for m in range(size)]
+        memory = [trained[parents[t, m]] for m in range(size)]
+    walk = jit(hj.exchange.lineage)
+    for m in range(size):
+        np.testing.assert_array_equal(walk(parents, m), memory[m])
+    np.testing.assert_array_equal(walk(parents, jnp.arange(size)).T, memory)
+
+
+def test_lineage_of_several_populations_at_once_is_refused():
+    with pytest.raises(ValueError, match=r"`parents` \[outer steps, members\]; got .*4, 2, 3"):
+        hj.exchange.lineage(jnp.zeros((4, 2, 3), int), 0)

@@ -1,4 +1,4 @@
-"""Run folders are read back exactly; lineages and rank statistics match their definitions."""
+"""Run folders are read back exactly; rank statistics match their definitions."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from run_folders import OUTER_EVERY, simulate, write_run
 
 from hyperjax.app import _plots_data as data
 from hyperjax.app._plots import draw_plots
-from hyperjax.app._record import RunFolderError, lineage, load_record
+from hyperjax.app._record import RunFolderError, load_record
 
 
 def test_record_holds_what_was_logged(tmp_path):
@@ -95,21 +95,6 @@ def test_a_folder_of_another_kind_is_refused(tmp_path, config, message):
         (tmp_path / "config.yaml").write_text(config)
     with pytest.raises(RunFolderError, match=message):
         load_record(tmp_path)
-
-
-def test_lineage_is_the_history_that_a_state_carries_forward():
-    rng = np.random.default_rng(0)
-    steps, seeds, members = 9, 3, 6
-    parents = rng.integers(0, members, (steps, seeds, members))
-    for s in range(seeds):
-        # Forward: each state remembers the slots in which it trained; copies copy the memory.
-        memory: list[list[int]] = [[] for _ in range(members)]
-        for t in range(steps):
-            trained = [[*memory[m], m] for m in range(members)]
-            memory = [trained[parents[t, s, m]] for m in range(members)]
-        for m in range(members):
-            np.testing.assert_array_equal(lineage(parents, s, m), memory[m])
-        np.testing.assert_array_equal(lineage(parents, s, np.arange(members)).T, memory)
 
 
 def test_spearman_with_ties_by_hand():

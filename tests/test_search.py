@@ -252,8 +252,24 @@ def test_a_loop_on_the_host_is_the_scan():
     key, search = jax.random.key(4), PURE["evolution"]
     _, one = jit(lambda key: hj.search.drive(key, search, sphere, 4))(key)
     _, other = hj.search.drive_on_host(key, search, jit(sphere), 4)
-    for x, y in zip(one, other, strict=True):
-        assert error(x, y) < 1e-15 and x.dtype == y.dtype
+    assert error(one, other) < 1e-15
+    assert [x.dtype for x in jax.tree.leaves(one)] == [x.dtype for x in jax.tree.leaves(other)]
+
+
+def test_what_is_evaluated_besides_is_kept_and_not_shown_to_the_search():
+    def both(key, points):
+        return sphere(key, points), {"twice": 2 * points, "round": jax.random.uniform(key)}
+
+    key, search = jax.random.key(4), PURE["evolution"]
+    alone = jit(lambda key: hj.search.drive(key, search, sphere, 4))(key)[1]
+    traced = jit(lambda key: hj.search.drive(key, search, both, 4, has_aux=True))(key)[1]
+    looped = hj.search.drive_on_host(key, search, jit(both), 4, has_aux=True)[1]
+    for trials in (traced, looped):
+        assert error(trials[:5], alone[:5]) < 1e-15
+        assert error(trials.aux["twice"], 2 * alone.points) < 1e-15
+        assert trials.aux["round"].shape == (4,) and len(set(trials.aux["round"].tolist())) == 4
+    with pytest.raises(TypeError, match=r"must return \(scores, aux\); got .*leave `has_aux` out"):
+        hj.search.drive(key, search, sphere, 1, has_aux=True)
 
 
 def test_failures_are_never_the_best_and_are_counted():

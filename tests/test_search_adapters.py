@@ -210,6 +210,21 @@ def test_evosax_in_a_scan_and_failures(name):
         assert np.array_equal(told.inner.fitness, jnp.where(jnp.isnan(scores), jnp.inf, scores))
 
 
+@pytest.mark.usefixtures("promotes")
+def test_evosax_starts_where_it_is_told_to():
+    start = jnp.array([0.2, 0.5, 0.9])
+    free = jnp.log(start / (1 - start))
+    mean = hj.search.from_evosax(evosax("CMA_ES"), start=start).init(jax.random.key(0)).inner.mean
+    assert error(mean, free) < 1e-14
+    search = hj.search.from_evosax(evosax("DifferentialEvolution"), start=start)
+    points, _ = search.ask(search.init(jax.random.key(0)))
+    assert error(points[0], start) < 1e-14
+    others = hj.search.from_evosax(evosax("DifferentialEvolution"))
+    assert error(points[1:], others.ask(others.init(jax.random.key(0)))[0][1:]) == 0
+    with pytest.raises(ValueError, match=r"`start` must have the shape .*\(3,\); got .*to_unit"):
+        hj.search.from_evosax(evosax("CMA_ES"), start=jnp.zeros(2))
+
+
 def test_a_solution_that_is_no_vector_is_refused():
     fake = types.SimpleNamespace(
         init=min, ask=min, tell=min, default_params=None, solution=jnp.zeros((2, 2))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hyperjax as hj
 from hyperjax import _tree
 
 
@@ -65,3 +66,14 @@ def test_replace_at_under_jit_and_vmap():
 def test_replace_at_refuses_what_is_no_selection(where, value, message):
     with pytest.raises(ValueError, match=message):
         _tree.replace_at(where, outer(), value)
+
+
+def test_copies_are_equal_rows():
+    tree = {"a": np.arange(6.0).reshape(2, 3), "b": jnp.float32(7), "key": jax.random.key(3)}
+    got = jax.jit(lambda t: hj.copies(t, 4))(tree)
+    assert got["a"].shape == (4, 2, 3) and got["b"].shape == (4,) and got["b"].dtype == jnp.float32
+    for i in range(4):
+        np.testing.assert_array_equal(got["a"][i], tree["a"])
+        assert got["key"][i] == tree["key"]
+    with pytest.raises(ValueError, match="copies: `count` must be an integer >= 1; got 0"):
+        hj.copies(tree, 0)

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ._record import Record, lineage
+from ..exchange import lineage
+from ._record import Record
 
 _RESAMPLES = 200
 
@@ -44,7 +45,7 @@ def final_hparams(record: Record) -> dict[str, np.ndarray]:
 
 def ancestry(record: Record, seed: int, member: int | np.ndarray) -> np.ndarray:
     """`lineage` of final members up to the last logged step of that seed."""
-    return lineage(record.parents[: last_logged(record)[seed] + 1], seed, member)
+    return np.asarray(lineage(record.parents[: last_logged(record)[seed] + 1, seed], member))
 
 
 def best_members(record: Record) -> dict[int, int]:

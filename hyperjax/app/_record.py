@@ -109,29 +109,6 @@ def load_record(folder: Path) -> Record:
     )
 
 
-def lineage(parents: np.ndarray, seed: int, member: int | np.ndarray) -> np.ndarray:
-    """The slots in which the ancestors of a final member trained, one per outer step.
-
-    Walks back from the end. After the last exchange the member sits in slot ``member``; the state
-    that a slot holds after the exchange of step t trained during step t in the slot
-    ``parents[t, seed, slot]``, where it had arrived by the exchange of step t - 1. Hence
-    ``values[t, seed, lineage[t]]`` are the hyperparameters that shaped the final member.
-
-    Args:
-        parents: [T, S, M] as in ``schedule.npz``.
-        seed: position on the seed axis.
-        member: one final slot, or an array of them to follow at once.
-
-    Returns:
-        [T] slots, or [T, *member.shape].
-    """
-    slot = np.asarray(member)
-    slots = np.empty((len(parents), *slot.shape), int)
-    for t in reversed(range(len(parents))):
-        slots[t] = slot = parents[t, seed, slot]
-    return slots
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     if not path.exists():

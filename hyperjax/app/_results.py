@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from ..exchange import lineage
 from ..tasks import Task
 from ._errors import AppError
 from ._folder import Folder
-from ._record import lineage
 from ._settings import Settings
 
 NAMES = {
@@ -56,5 +56,5 @@ def load_schedules(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def schedule_of(values: np.ndarray, parents: np.ndarray, study: int, member: int) -> np.ndarray:
     """The hyperparameters that the final member went through, copies included: [T, D]."""
-    walk = lineage(parents, study, member)
+    walk = np.asarray(lineage(parents[:, study], member))
     return values[np.arange(len(walk)), study, walk]

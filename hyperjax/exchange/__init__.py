@@ -10,6 +10,7 @@ from ._hdet_loop import LoopEvents as LoopEvents
 from ._hdet_loop import LoopState as LoopState
 from ._hdet_loop import hdet_loop as hdet_loop
 from ._isolation import isolation as isolation
+from ._lineage import lineage as lineage
 from ._pb2 import PB2Events as PB2Events
 from ._pb2 import PB2State as PB2State
 from ._pb2 import pb2 as pb2

@@ -9,10 +9,10 @@ import numpy as np
 from jax import lax
 
 from .. import _checks, _tree
-from .._types import Key, Scalar, State
+from .._types import Key, PyTree, Scalar, State
 from ._types import Search
 
-Evaluate = Callable[[Key, jax.Array], jax.Array]
+Evaluate = Callable[[Key, jax.Array], jax.Array | tuple[jax.Array, PyTree]]
 
 
 class Trials(NamedTuple):
@@ -23,15 +23,19 @@ class Trials(NamedTuple):
     point: jax.Array  # [D], of the smallest finite score; NaN if every evaluation failed
     score: Scalar  # the smallest finite score; NaN if there is none
     failed: jax.Array  # int32: evaluations whose score was not finite
+    aux: PyTree = ()  # [rounds, ...]: what `evaluate` gave besides, if asked to
 
 
-def drive(key: Key, search: Search, evaluate: Evaluate, rounds: int) -> tuple[State, Trials]:
+def drive(
+    key: Key, search: Search, evaluate: Evaluate, rounds: int, *, has_aux: bool = False
+) -> tuple[State, Trials]:
     """A pure search over `rounds` rounds in one `lax.scan`; for jit, and vmap over keys.
 
     `evaluate(key, points [N, D]) -> scores [N]`, typically a vmapped training of N replicas from
     `Space.from_unit(points)`, has a key of its own in every round. A score that is not finite is a
     failure: it is never the best, and counted. Inside shard_map scores may differ between devices
-    if the keys do.
+    if the keys do. With `has_aux` it returns (scores, aux), of which the search sees the scores
+    and `Trials.aux` keeps all the rest, test scores for example.
 
     Raises ValueError for fewer than one round, and for scores of another shape than [N].
     """
@@ -40,16 +44,16 @@ def drive(key: Key, search: Search, evaluate: Evaluate, rounds: int) -> tuple[St
 
     def one(state, key):
         points, state = search.ask(state)
-        scores = _checked(evaluate(key, points), points, "drive")
-        return search.tell(state, points, scores), (points, scores)
+        scores, aux = _checked(evaluate(key, points), points, has_aux, "drive")
+        return search.tell(state, points, scores), (points, scores, aux)
 
     state = _tree.vary_like(_tree.strong(search.init(start)), key)
-    state, (points, scores) = lax.scan(one, state, jax.random.split(run, rounds))
-    return state, _summary(points, scores)
+    state, told = lax.scan(one, state, jax.random.split(run, rounds))
+    return state, _summary(*told)
 
 
 def drive_on_host(
-    key: Key, search: Search, evaluate: Evaluate, rounds: int
+    key: Key, search: Search, evaluate: Evaluate, rounds: int, *, has_aux: bool = False
 ) -> tuple[State, Trials]:
     """`drive` as a Python loop, for searches that live on the host, such as `from_optuna`'s.
 
@@ -63,11 +67,10 @@ def drive_on_host(
     for key in jax.random.split(run, rounds):
         points, state = search.ask(state)
         shown = jnp.asarray(points, float)
-        scores = _checked(evaluate(key, shown), shown, "drive_on_host")
+        scores, aux = _checked(evaluate(key, shown), shown, has_aux, "drive_on_host")
         state = search.tell(state, points, scores)
-        told.append((np.asarray(shown), np.asarray(scores)))
-    points, scores = (jnp.asarray(np.stack(column)) for column in zip(*told, strict=True))
-    return state, _summary(points, scores)
+        told.append(jax.device_get((shown, scores, aux)))
+    return state, _summary(*jax.tree.map(lambda *rows: jnp.asarray(np.stack(rows)), *told))
 
 
 def _check(search, evaluate, rounds: int, where: str) -> None:
@@ -76,16 +79,22 @@ def _check(search, evaluate, rounds: int, where: str) -> None:
     _checks.positive_int(where, "rounds", rounds)
 
 
-def _checked(scores, points, where: str) -> jax.Array:
+def _checked(found, points, has_aux: bool, where: str) -> tuple[jax.Array, PyTree]:
+    if has_aux and not (isinstance(found, tuple) and len(found) == 2):
+        raise TypeError(
+            f"{where}: with `has_aux`, `evaluate` must return (scores, aux); got "
+            f"{_checks.describe(found)}. Without aux, leave `has_aux` out."
+        )
+    scores, aux = found if has_aux else (found, ())
     if jnp.shape(scores) != points.shape[:1]:
         raise ValueError(
             f"{where}: `evaluate` must return one score per point, [{points.shape[0]}]; got "
             f"{_checks.describe(scores)}. Map it over the points with `jax.vmap`."
         )
-    return jnp.asarray(scores)
+    return jnp.asarray(scores), aux
 
 
-def _summary(points: jax.Array, scores: jax.Array) -> Trials:
+def _summary(points: jax.Array, scores: jax.Array, aux: PyTree) -> Trials:
     finite = jnp.isfinite(scores)
     best = jnp.argmin(jnp.where(finite, scores, jnp.inf).ravel())
     found = finite.any()
@@ -95,4 +104,5 @@ def _summary(points: jax.Array, scores: jax.Array) -> Trials:
         jnp.where(found, points.reshape(-1, points.shape[-1])[best], jnp.nan),
         jnp.where(found, scores.ravel()[best], jnp.nan),
         jnp.sum(~finite, dtype=jnp.int32),
+        aux,
     )

@@ -21,22 +21,25 @@ class EvosaxState(NamedTuple):
     started: jax.Array  # bool: whether anything was told
 
 
-def from_evosax(algorithm: Any, params: Any = None) -> Search:
+def from_evosax(algorithm: Any, params: Any = None, *, start: jax.Array | None = None) -> Search:
     """The search of an evosax algorithm, a whole population at a time.
 
         from_evosax(evosax.algorithms.CMA_ES(population_size=8, solution=jnp.zeros(6)))
 
-    The algorithm moves in an unbounded space, of which a point of the unit cube is the sigmoid: the
-    start, zero, is the middle of the cube, and a deviation of 1 there is one of 1/4 here. One that
-    starts with a population starts with a uniform one, which is the first to be asked.
+    The algorithm moves in an unbounded space, of which a point of the unit cube is the sigmoid: a
+    deviation of 1 around zero there is one of 1/4 around the middle here. One that starts with a
+    population starts with a uniform one, which is the first to be asked.
 
     Args:
       algorithm: made with `solution=jnp.zeros(D)`.
       params: of the algorithm; None is its `default_params`.
+      start: where to begin, [D] in the unit cube, such as `space.to_unit(space.init())`: the first
+        mean, or one of the first population. None is the middle of the cube, or a population that
+        is uniform altogether.
 
     To an algorithm that compares scores one by one (those with a population) a failure is infinite;
     to others it is as bad as the worst of its batch. A batch of failures alone teaches nothing.
-    Raises ValueError for a solution that is not a vector.
+    Raises ValueError for a solution that is not a vector, and for a start of another shape.
     """
     _checks.has_functions("from_evosax", "algorithm", algorithm, ("init", "ask", "tell"))
     params = algorithm.default_params if params is None else params
@@ -47,17 +50,23 @@ def from_evosax(algorithm: Any, params: Any = None) -> Search:
             f"got {jax.tree.structure(algorithm.solution) if shape is None else shape}. "
             "Make it with `solution=jnp.zeros(D)`."
         )
+    if start is not None and jnp.shape(start) != shape:
+        raise ValueError(
+            f"from_evosax: `start` must have the shape of the algorithm's `solution`, {shape}; got "
+            f"{_checks.describe(start)}. Make it with `space.to_unit(raw)`."
+        )
     size = (algorithm.population_size, *shape)
     compares = "fitness" in inspect.signature(algorithm.init).parameters
 
     def begin(key: Key, free: jax.Array, scores: jax.Array) -> PyTree:
         if compares:
             return algorithm.init(key, free, scores, params)
-        return algorithm.init(key, jnp.zeros(shape), params)
+        return algorithm.init(key, jnp.zeros(shape) if start is None else _logit(start), params)
 
     def init(key: Key) -> EvosaxState:
         key, draw, now = jax.random.split(key, 3)
         free = _logit(jax.random.uniform(draw, size, float))
+        free = free if start is None else free.at[0].set(_logit(start))
         inner = _tree.strong(begin(now, free, jnp.zeros(size[0])))
         return EvosaxState(key, inner, free, jax.nn.sigmoid(free), jnp.asarray(False))
 
