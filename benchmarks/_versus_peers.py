@@ -144,7 +144,11 @@ def optuna_search(
         if hyperband
         else optuna.pruners.NopPruner()
     )
-    studies = [optuna.create_study(sampler=sampler(seed), pruner=pruner()) for seed in seeds]
+    # Hyperband chooses brackets by the name of the study, which would be drawn anew every time.
+    studies = [
+        optuna.create_study(sampler=sampler(seed), pruner=pruner(), study_name=f"seed {seed}")
+        for seed in seeds
+    ]
     for study in studies:
         study.enqueue_trial(dict(zip(names, _start(problem).tolist(), strict=True)))
     count = len(seeds)

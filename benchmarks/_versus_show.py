@@ -196,7 +196,7 @@ def draw(name: str, found: dict[str, Any], folder: Path = ROOT / "docs" / "image
         axes[0].set_title(found["title"])
         axes[0].set_ylim(_limits(found))
         handles, labels = axes[0].get_legend_handles_labels()
-        room = {"ncols": 5, "fontsize": 8, "columnspacing": 1.0, "handlelength": 1.5}
+        room = {"ncols": 4, "fontsize": 8, "columnspacing": 1.5, "handlelength": 1.8}
         figure.legend(handles, labels, loc="outside lower center", **room)
         path = folder / f"versus_{name}.png"
         figure.savefig(path, dpi=100)
