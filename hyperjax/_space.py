@@ -9,7 +9,7 @@ settings is one more leading axis, and a hypergradient passes through, but for `
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from . import _checks, _fan_out
 from ._ranges import Range
 from ._types import HParams, Key, PyTree
 
-_A, _B, _C = TypeVar("_A"), TypeVar("_B"), TypeVar("_C")
+Result = TypeVar("Result")
 _INSIDE = 1e-6, 1 - 1e-6  # of (0, 1), at whose ends the quantile is infinite
 
 
@@ -41,7 +41,9 @@ class Space:
         self.check("constrain", raw)
         return jax.tree.map(lambda r, x: r.forward(x), self.ranges, raw)
 
-    def lift(self, function: Callable[[_A, HParams, _B], _C]) -> Callable[[_A, HParams, _B], _C]:
+    def lift(
+        self, function: Callable[[Any, HParams, Any], Result]
+    ) -> Callable[[Any, HParams, Any], Result]:
         """A function of (params, constrained values, batch) as one of (params, raw, batch).
 
         So for a loss, a score, or a training step, whose first argument is a state.

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("kernels",),
     ("_types",),
-    ("_tree",),
     ("_checks",),
+    ("_tree",),
     ("layers",),
     ("_ranges", "_fan_out", "_fused"),
     (

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from .. import _checks
 
 
-def lineage(parents: jax.Array, member: jax.Array | int) -> jax.Array:
+def lineage(parents: ArrayLike, member: ArrayLike) -> jax.Array:
     """The slots in which the ancestors of a final member trained, one per outer step.
 
     Walks back from the end. After the last exchange the member sits in slot `member`; the state

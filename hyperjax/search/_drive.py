@@ -1,7 +1,7 @@
 """Rounds of ask, evaluate, tell: in one compiled scan, or in a loop on the host."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,12 +79,13 @@ def _check(search, evaluate, rounds: int, where: str) -> None:
     _checks.positive_int(where, "rounds", rounds)
 
 
-def _checked(found, points, has_aux: bool, where: str) -> tuple[jax.Array, PyTree]:
+def _checked(found: Any, points, has_aux: bool, where: str) -> tuple[jax.Array, PyTree]:
     if has_aux and not (isinstance(found, tuple) and len(found) == 2):
         raise TypeError(
             f"{where}: with `has_aux`, `evaluate` must return (scores, aux); got "
             f"{_checks.describe(found)}. Without aux, leave `has_aux` out."
         )
+    scores: Any
     scores, aux = found if has_aux else (found, ())
     if jnp.shape(scores) != points.shape[:1]:
         raise ValueError(
