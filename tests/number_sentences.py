@@ -50,145 +50,50 @@ SENTENCES = (
         {"passes": "problems/cleaning/passes_budget"},
         "this budget of {passes} passes",
     ),
+    # Each bullet of benchmarks/README.md, in this order and word for word.
     Sentence(
         BENCHMARKS,
         "implicit",
-        {
-            "error": "seeds/4 probes, 15 iterations/median",
-            "most": "seeds/4 probes, 15 iterations/max",
-        },
-        "error {error * 1e6:.0f}e-6 (the median of 20 probe seeds; at most {most * 1e6:.0f}e-6)",
+        {"seeds": "seeds", "cg": "rows/hyperjax, cg 20/error"},
+        "Task A: with 20 products in all, error {seeds['4 probes, 15 iterations']['median'] * "
+        "1e6:.0f}e-6 (the median of {seeds['4 probes, 15 iterations']['seeds']} probe seeds; at "
+        "most {seeds['4 probes, 15 iterations']['max'] * 1e6:.0f}e-6), where CG without a "
+        "preconditioner has {100 * cg:.0f}e-2; with 15 products at most {seeds['4 probes, 10 "
+        "iterations']['max'] * 1e4:.0f}e-4.",
+    ),
+    Sentence(
+        BENCHMARKS,
+        "implicit",
+        {"bars": "bars"},
+        "Task A, time: 15 products take "
+        "1/{1 / bars['hyperjax, cg + jacobi, 15 products / optimistix, default']:.0f} of that of "
+        "optimistix's default, "
+        "1/{1 / bars['hyperjax, cg + jacobi, 15 products / jaxopt, default']:.0f} of jaxopt's, "
+        "1/{1 / bars['hyperjax, cg + jacobi, 15 products / torchopt, default']:.0f} of torchopt's. "
+        "20 take {[*bars.values()][0]:.2f} times that of the same algorithm and receipt by hand, "
+        "{[*bars.values()][1]:.2f} times that of its faster form, forward over reverse, and "
+        "{[*bars.values()][2]:.2f} times without a receipt.",
     ),
     Sentence(
         BENCHMARKS,
         "unrolled",
         {
-            "ours": "rate per step/unroll binomial/wall_s",
-            "theirs": "rate per step/equinox, 10 checkpoints/wall_s",
-            "bytes": "rate per step/unroll binomial/temp_bytes",
-            "more": "rate per step/equinox, 10 checkpoints/temp_bytes",
+            "rows": "rate per step",
+            "shared": "shared rates",
+            "back": "reversible temp_bytes by steps",
         },
-        "takes {ours / theirs:.2f} of the time and {bytes / more:.2f} of the bytes of equinox's "
-        "checkpointed scan",
-    ),
-    Sentence(
-        BENCHMARKS,
-        "maid_least_squares",
-        {"certificates": "rows/*/certificates"},
-        "at all {sum(certificates):,} certificates of least squares",
-    ),
-    Sentence(
-        BENCHMARKS,
-        "fedhyper",
-        {"points": "points_at_smallest_rate"},
-        "{points:.0f} points more",
-    ),
-    Sentence(
-        BENCHMARKS,
-        "stn_text",
-        {
-            "tuned": "perplexity/self-tuned from 0.05/test",
-            "fixed": "perplexity/fixed 0.6/test",
-            "replay": "perplexity/replay/test",
-            "last": "perplexity/last value fixed/test",
-        },
-        "test perplexity {tuned:.1f}, the best of four fixed values {fixed:.1f}, the schedule "
-        "replayed by an ordinary network {replay:.1f}, its last value fixed {last:.1f}",
-    ),
-    Sentence(
-        BENCHMARKS,
-        "stn_text_seven",
-        {
-            "tuned": "perplexity/self-tuned/test",
-            "random": "perplexity/random search/test",
-            "tpe": "perplexity/TPE/test",
-        },
-        "test perplexity self-tuned {tuned:.1f}, random search with three times its processor time "
-        "{random:.1f}, TPE with as much {tpe:.1f}",
-    ),
-    Sentence(
-        BENCHMARKS,
-        "stn_mnist",
-        {
-            "stn": "summary/STN/test_loss",
-            "delta": "summary/Delta-STN/test_loss",
-            "random": "summary/random search/test_loss",
-            "tpe": "summary/TPE/test_loss",
-        },
-        "test loss self-tuned {stn:.3f}, Delta-STN {delta:.3f}, random search {random:.3f}, TPE "
-        "{tpe:.3f}",
-    ),
-    Sentence(
-        BENCHMARKS,
-        "stn_overhead",
-        {
-            "dense": "results/dense/gates on outputs, 128/time_ratio",
-            "conv": "results/conv/gates on outputs, 128/time_ratio",
-            "lstm": "results/lstm/gates on outputs, 32/time_ratio",
-        },
-        "takes {dense:.1f} times a plain one on a perceptron, {conv:.1f} times with convolutions, "
-        "{lstm:.1f} times on an LSTM",
-    ),
-    Sentence(
-        BENCHMARKS,
-        "mip",
-        {
-            "before": "slopes/default/norm_of_weights",
-            "after": "slopes/MIP/norm_of_weights",
-            "gradient": "slopes/default/norm_of_gradient",
-            "mended": "slopes/MIP/norm_of_gradient",
-        },
-        "is {before:.2f} without and {after:.3f} with it, of log norm(gradient) {gradient:.2f} and "
-        "{mended:.2f}",
-    ),
-    Sentence(
-        BENCHMARKS,
-        "pbt_toy",
-        {"rows": "rows/*/mean"},
-        "{rows[0]:.3f}, {rows[1]:.3f}, {rows[2]:.4f}, {rows[3]:.4f} for neither, exploring, "
-        "exploiting, both",
-    ),
-    Sentence(
-        BENCHMARKS,
-        "pb2",
-        {"rows": "rows/*/mean"},
-        "{rows[2]:.1f} with 4 members (PBT {rows[1]:.1f}, fixed {rows[0]:.1f}",
-    ),
-    Sentence(
-        BENCHMARKS,
-        "hyperband",
-        {"regret": "counting_ones/rows/*/regret_mean/-1"},
-        "regret after 400 budgets of DEHB {regret[2]:.3f}, Hyperband {regret[1]:.3f}, random "
-        "search {regret[0]:.3f}",
-    ),
-    Sentence(
-        BENCHMARKS,
-        "srm",
-        {"forecast": "r2/curve_and_traits", "seen": "r2/last_seen"},
-        "R^2 of the forecast {forecast:.2f}, of the value last seen {seen:.2f}",
-    ),
-    Sentence(
-        BENCHMARKS,
-        "breadcrumbs",
-        {
-            "crumbs": "training/far/percent_of_tuned/breadcrumbs",
-            "tasks": "training/far/percent_of_tuned/task arithmetic",
-        },
-        "({crumbs:.1f} and {tasks:.1f} percent of the tuned models",
-    ),
-    Sentence(
-        BENCHMARKS,
-        "autorl_protocol",
-        {"bias": "bias", "t": "t_at_1"},
-        "{bias[0]:.4f} in accuracy with one tuning seed (t = {t:.0f}), {bias[3]:.4f} with eight",
-    ),
-    Sentence(
-        BENCHMARKS,
-        "soups",
-        {
-            "uniform": "differences/uniform - best single, shifts/difference",
-        },
-        "uniform {uniform:.1f} points above the best single model under shifts",
+        "Task B: `unroll` takes {rows['unroll']['wall_s'] / rows['scan by hand']['wall_s']:.2f} "
+        "times the time of the scan by hand and as many bytes; `checkpoint='binomial'` "
+        "{rows['unroll binomial']['wall_s'] / rows['equinox, 10 checkpoints']['wall_s']:.2f} of "
+        "the time and {rows['unroll binomial']['temp_bytes'] / rows['equinox, 10 "
+        "checkpoints']['temp_bytes']:.2f} of the bytes of equinox's checkpointed scan; "
+        "`reversible` at most {max(back.values()) / 1e6:.1f} MB from 100 to 10,000 steps. One "
+        "shared rate runs forward in {shared['1 shared, forward']['temp_bytes'] / 1e6:.1f} MB "
+        "instead of {shared['1 shared, reverse']['temp_bytes'] / 1e6:.1f}, in {shared['1 shared, "
+        "forward']['wall_s'] / shared['1 shared, reverse']['wall_s']:.2f} of the time; two take "
+        "{shared['2 shared, forward']['wall_s'] / shared['2 shared, reverse']['wall_s']:.2f} "
+        "times, four {shared['4 shared, forward']['wall_s'] / shared['4 shared, "
+        "reverse']['wall_s']:.2f} times the time of reverse mode.",
     ),
     Sentence(
         BENCHMARKS,
@@ -196,146 +101,311 @@ SENTENCES = (
         {
             "ridge": "results/ridge/*/speedup/vmapped",
             "softmax": "results/softmax regression/*/speedup/vmapped",
+            "net": "results/perceptron, 32 hidden/*/speedup/vmapped",
+            "chunks": "results/perceptron, 32 hidden/*/speedup/chunks",
         },
-        "{min(ridge):.0f} to {max(ridge):.0f} times as fast as 64 calls on the ridge regression, "
-        "{min(softmax):.1f} to {max(softmax):.1f} times on softmax regression",
+        "64 settings: vmapped they are {min(ridge):.0f} to {max(ridge):.0f} times as fast as 64 "
+        "calls on the ridge regression, {min(softmax):.1f} to {max(softmax):.1f} times on softmax "
+        "regression of digits. On a perceptron, whose 64 copies no longer fit into the cache, "
+        "vmap takes {1 / max(net):.1f} to {1 / min(net):.1f} times as long as the calls, chunks "
+        "of eight {1 / max(chunks):.1f} to {1 / min(chunks):.1f} times: that is what the `chunk` "
+        "of `population` is for.",
+    ),
+    Sentence(
+        BENCHMARKS,
+        "maid_least_squares",
+        {
+            "ours": "rows/condition=20/median_iterations/maid/*",
+            "fixed": "rows/condition=20/median_iterations/fixed/0.001",
+            "stalled": "rows/condition=20/stalled_fixed_runs/0.001",
+            "spread": "rows/*/spread_of_final_objectives",
+        },
+        "MAID on least squares: from accuracies and first steps over four decades it ends within "
+        "{100 * max(map(max, spread)):.1f} % of one objective. At condition 20 it needs "
+        "{min(ours):,.0f} to {max(ours):,.0f} lower iterations in the median, more than a fixed "
+        "accuracy of 1e-3 ({fixed:,.0f}), of which {stalled} runs of 5 stall further on.",
+    ),
+    Sentence(
+        BENCHMARKS,
+        "bo_rep_text",
+        {"order": "tasks/penalty/order_by_validation_loss"},
+        "On the penalty of short texts SABA is number {order.index('saba') + 1} of {len(order)} "
+        "by validation loss, no tuning number {order.index('none') + 1} (missed).",
     ),
     Sentence(
         BENCHMARKS,
         "stn_digits",
         {
-            "best": "verdicts/stn_over_best_fixed",
-            "none": "verdicts/stn_over_none",
-            "near": "verdicts/input_rates_median_width",
             "delta": "verdicts/delta_stn_over_best_fixed",
+            "noise": "verdicts/replay_below_noise/ratio",
         },
-        "{best:.2f} of the best of nine fixed rates (median validation loss), {none:.2f} of no "
-        "dropout; four starts from 0.05 to 0.85 end within {near:.2f} of one another. Delta-STN: "
-        "{delta:.2f}",
+        "Delta-STN on the dropout of digits: {delta:.2f} of the validation loss of the best of "
+        "nine fixed rates. STN's schedule, replayed, has {noise:.2f} times the loss of noise on "
+        "the best fixed rate (missed).",
     ),
     Sentence(
         BENCHMARKS,
-        "stn_cifar",
+        "delta_stn",
+        {"delta": "rows/*/delta_stn/weights", "stn": "rows/*/stn/weights"},
+        "Delta-STN's weights are those at the current hyperparameters to {max(delta) * "
+        "1e15:.0f}e-15, STN's are off by {min(stn) * 1e3:.0f}e-3 and more.",
+    ),
+    Sentence(
+        BENCHMARKS,
+        "hybrid",
         {
-            "a": "summary/Delta-STN/valid_loss",
-            "b": "summary/random search/valid_loss",
-            "c": "summary/random search/test_loss",
-            "d": "summary/TPE/valid_loss",
-            "e": "summary/TPE/test_loss",
-            "f": "summary/STN/valid_loss",
-            "g": "summary/STN/test_loss",
+            "penalties": "results/net/hyperparameters",
+            "solve": "results/net/nets/gated/curves/minres/error/median",
+            "warm": "results/net/nets/gated/curves/warm/error/median",
+            "many": "results/pixels/hyperparameters",
+            "pixels": "results/pixels/nets/affine/curves/warm/error/median",
         },
-        "Delta-STN {a:.3f} validation and test loss, random search {b:.3f} and {c:.3f}, TPE "
-        "{d:.3f} and {e:.3f} with twice its time; STN {f:.2f} and {g:.2f}",
+        "A hypernetwork corrects a short solve: on a perceptron with {penalties} penalties the "
+        "error by 4 products of MINRES falls from {solve[0][3]:.2f} to {solve[3][3]:.2f}, upon a "
+        "warm start by one from {warm[0][0]:.3f} to {warm[3][0]:.3f}. With {many} penalties on a "
+        "linear model an affine one does harm: from {pixels[0][0]:.3f} to {pixels[3][0]:.3f} by "
+        "one upon a warm start.",
     ),
     Sentence(
         BENCHMARKS,
-        "continual_digits",
+        "response_fidelity",
+        {"least": "rows/*/cosine_least_each"},
+        "Cosine of a self-tuning network's hypergradient to the exact one, the least along a run "
+        "and over five seeds, after the warm-up: ridge with 8 penalties {min(least[0]):.3f} and "
+        "{min(least[1]):.3f} (STN and Delta-STN; {min(least[2]):.3f} where STN's raw values do "
+        "not start at zero), logistic regression with 9 penalties {min(least[3]):.3f} and "
+        "{min(least[4]):.3f}, perceptron {min(least[5]):.2f} and {min(least[6]):.2f}.",
+    ),
+    Sentence(
+        BENCHMARKS,
+        "stn_overhead",
+        {name: f"results/{name}" for name in ("dense", "conv", "lstm")}
+        | {"penalized": "results/dense-l2/gates on outputs, 128/time_ratio"},
+        "A self-tuning training step with a draw of hyperparameters per example takes "
+        "{dense['gates on outputs, 128']['time_ratio']:.1f} times a plain one on a perceptron, "
+        "{conv['gates on outputs, 128']['time_ratio']:.1f} times with convolutions, "
+        "{lstm['gates on outputs, 32']['time_ratio']:.1f} times on an LSTM; {penalized:.1f} times "
+        "where each layer has an L2 penalty. Weights added up for every draw take "
+        "{dense['weights added up, 4']['time_ratio']:.0f} times for 4 draws and "
+        "{dense['weights added up, 128']['time_ratio']:.0f} for 128 on the perceptron, with "
+        "convolutions {conv['weights added up, 4']['time_ratio']:.1f} and "
+        "{conv['weights added up, 128']['time_ratio']:.1f} times.",
+    ),
+    Sentence(
+        BENCHMARKS,
+        "mip",
         {
-            "free": "rows/0/forgetting",
-            "kept": "verdicts/chosen/perceptron/forgetting",
-            "final": "verdicts/chosen/perceptron/final",
-            "lstm": "verdicts/chosen/lstm/forgetting",
-            "last": "verdicts/chosen/lstm/final",
+            "mip": "mnist/SGD 0.03/MIP/excess_at_the_end/each",
+            "default": "mnist/SGD 0.03/default/excess_at_the_end/each",
         },
-        "forgets {free:.2f} without the penalty and {kept:.4f} with it, at {100 * final:.1f} %; an "
-        "LSTM with a twentieth of the parameters {lstm:.3f} at {100 * last:.1f} %",
+        "Magnitude invariance on MNIST by SGD at 0.03: {sum(x != x for x in mip)} of five seeds "
+        "diverge with it, {sum(x != x for x in default)} without.",
     ),
     Sentence(
         BENCHMARKS,
-        "continual_mnist",
-        {"final": "rows/0/final"},
-        "{100 * final:.1f} %, the paper's 97.87 % not reached",
-    ),
-    Sentence(
-        BENCHMARKS,
-        "global_best_response",
+        "continual_intervals",
         {
-            "found": "valid_loss/global hypernetwork, trained anew",
-            "grid": "valid_loss/best of grid, one common penalty",
-            "random": "valid_loss/best of random",
+            "middle": "rows/2/final",
+            "whole": "rows/2/certified",
+            "certificates": "rows/*/attacks/certificates",
+            "broken": "rows/*/attacks/broken/*",
+            "nested": "rows/5/forgetting",
         },
-        "validation loss {found:.3f}; the best of a grid over one common penalty {grid:.3f}, the "
-        "best of as many random settings as its training pays for {random:.3f}",
+        "Boxes of embeddings, five tasks: {100 * middle:.1f} % at the middle, {100 * whole:.1f} % "
+        "certified for the whole box of size 0.5, and {sum(map(sum, broken))} of "
+        "{sum(certificates):,} certificates broken by networks drawn or chosen. Boxes with a "
+        "common core forget {nested:.2f} (missed).",
     ),
     Sentence(
         BENCHMARKS,
-        "unem_digits",
+        "hdet",
         {
-            name: f"rows/0/test_accuracy/{key}"
-            for name, key in (
-                ("layer", "per layer"),
-                ("shared", "shared"),
-                ("grid", "grid"),
-                ("soft", "soft k-means"),
-            )
+            "own": "digits/linear, own 16, sigma 0.002/1e-05",
+            "shared": "digits/linear, shared 128, sigma 0.002/1e-05",
+            "cost": "cost/every 20/ratio",
         },
-        "layers of their own {layer:.3f}, one pair for all {shared:.3f}, grid {grid:.3f}, soft "
-        "k-means {soft:.3f}",
+        "HDET with a batch of its own per member ends at a loss of {own:.1f} from 1e-5 on digits, "
+        "with one for all at {shared:.3f} (linear spread, sigma of 0.002). On a network of 9,500 "
+        "parameters a convergence adds {100 * cost - 100:.1f} % to twenty steps.",
     ),
     Sentence(
         BENCHMARKS,
-        "shine",
+        "population_hypergradient",
         {
-            "shine": "gradient_equivalents_to_1_percent/shine/*/median",
-            "hoag": "gradient_equivalents_to_1_percent/hoag/*/median",
+            "rows": "ridge/rows",
+            "error": "digits/*/combined",
+            "secants": "digits/*/secant",
+            "first": "digits/*/first_order",
+            "tuned": "tuned/combined/loss",
+            "plain": "tuned/first_order/loss",
         },
-        "{shine[0]:.0f} and {shine[1]:.0f} gradient-equivalents from either start, HOAG "
-        "{hoag[0]:.0f} and {hoag[1]:,.0f}",
+        "Population hypergradient on ridge, two of sixty steps differentiated, noise of 1e-3: "
+        "relative error {rows['window 2, noise 0.001']['combined']['mean']:.3f}; secants alone "
+        "{rows['window 2, noise 0.001']['secant']['mean']:.3f}, first order {rows['window 2, "
+        "noise 0.001']['first_order']['mean']:.3f}. Where the noise hides the bias first order "
+        "alone is better: at a noise of 0.01 by {rows['window 4, noise 0.01']['combined']['mean'] "
+        "/ rows['window 4, noise 0.01']['first_order']['mean']:.0f} times with four steps "
+        "differentiated, by {rows['window 60, noise 0.01']['combined']['mean'] / rows['window 60, "
+        "noise 0.01']['first_order']['mean']:.0f} times with all. On digits after 20 to 200 steps "
+        "the error is {min(error):.3f} to {max(error):.3f}, of secants {min(secants):.3f} to "
+        "{max(secants):.3f}, of first order {min(first):.2f} to {max(first):.2f}; but first order "
+        "tunes the same network as well (loss {plain:.3f}, {tuned:.3f} with both).",
     ),
     Sentence(
         BENCHMARKS,
-        "first_order",
-        {"slope": "bias_of_f2sa/slope_from_10_on"},
-        "slopes {max(slope):.3f} to {min(slope):.3f}",
+        "hyperband",
+        {
+            "steps": "halving/compute_ratio",
+            "time": "halving/wall_ratio",
+            "lost": "halving/loss_lost",
+        },
+        "Halving on digits takes 1/{steps:.0f} of the steps and 1/{time:.0f} of the time for "
+        "{lost:.4f} of loss.",
+    ),
+    Sentence(
+        BENCHMARKS,
+        "srm",
+        {"alone": "r2/curve_only", "both": "r2/curve_and_traits"},
+        "Learning curves alone forecast as well as with hyperparameters beside them: R^2 "
+        "{alone:.2f} and {both:.2f}.",
+    ),
+    Sentence(
+        BENCHMARKS,
+        "metade",
+        {"found": "rows/*/medians/MetaDE", "again": "rows/*/medians/MetaDE, another seed"},
+        "From another seed MetaDE's genes are worse than they looked on {sum(a > b for a, b in "
+        "zip(again, found))} functions of {len(found)}: that is what a common seed does.",
+    ),
+    Sentence(
+        BENCHMARKS,
+        "advisor",
+        {
+            "near": "tables/rotated/local/geometric_mean/2000",
+            "pure": "tables/rotated/pure/geometric_mean/2000",
+        },
+        "Advice near the optimum of the rotated problem ends {near / pure:.0f} times worse at "
+        "2,000 trials than none.",
+    ),
+    Sentence(
+        BENCHMARKS,
+        "search_adapters",
+        {
+            "random": "rows/random/median",
+            "tpe": "rows/TPE/median",
+            "cma": "rows/CMA-ES/median",
+            "evosax": "rows/CMA-ES of evosax/median",
+        },
+        "Searches over populations of digits: TPE ({tpe:.3f}) and CMA-ES ({cma:.3f}, {evosax:.3f} "
+        "of evosax) are below random search ({random:.3f}).",
     ),
     Sentence(
         BENCHMARKS,
         "multiplicity",
-        {"a": "perceptrons/by error/ambiguity"},
-        "ambiguity {a[1]:.2f}, {a[2]:.2f}, {a[3]:.2f} within 0.01, 0.02, 0.05",
-    ),
-    Sentence(
-        BENCHMARKS,
-        "carps_subset",
         {
-            "star": "discrepancy",
-            "least": "first_percentile_of_random",
-            "tau": "tau",
-            "chance": "tau_of_random_subsets",
+            "four": "logistic/components/4/edge share",
+            "trained": "logistic/components/2/trained share",
         },
-        "discrepancy {star:.3f}, the first percentile of random subsets {least:.3f}; Kendall's tau "
-        "of rankings {tau:.2f}, of random subsets {chance:.2f}",
+        "Predictive multiplicity: 64 models at the edge of the near-optimal set see {100 * "
+        "four:.0f} % of what the convex problem finds in four dimensions; merely trained ones "
+        "{100 * trained:.0f} % in two.",
     ),
     Sentence(
         BENCHMARKS,
         "gtep",
-        {"ewc": "judged_on/*/overestimate/EWC", "replay": "judged_on/*/overestimate/replay"},
-        "EWC is overestimated by {ewc[0]:.3f} (Gaussian classes) and {ewc[1]:.3f} (Fashion), "
-        "replay by {replay[0]:.3f} and {replay[1]:.3f}",
+        {"mean": "judged_on/*/overestimate/EWC", "spread": "judged_on/*/overestimate/EWC/std"},
+        "Tuned on digits, judged on Gaussian classes and on Fashion: over five seeds the "
+        "overestimates of EWC are {mean[0] / spread[0] * 5**0.5:.1f} and "
+        "{mean[1] / spread[1] * 5**0.5:.1f} standard errors from 0.",
     ),
     Sentence(
         BENCHMARKS,
-        "gp_ei",
-        {"a": "rows/slice sampling/gaps/40", "b": "rows/greatest likelihood/gaps/40"},
-        "gaps of {a * 1e5:.0f}e-5 with slice sampling, {b * 1e5:.0f}e-5 with the most likely "
-        "length scales",
-    ),
-    Sentence(
-        BENCHMARKS,
-        "bo_rep",
+        "population_layers",
         {
-            "soba": "cleaning/methods/soba at 1000/upper",
-            "bo_rep": "cleaning/methods/bo_rep/upper",
-            "longer": "cleaning/methods/bo_rep, 18,000 calls/upper",
+            "conv": "results/conv 3x3/*/patches/gain",
+            "depth": "results/depthwise 3x3/*/patches/gain",
+            "unit": "results/unit CNN/*/patches, one by one/gain",
+            "least": "least_gain",
+            "target": "target",
         },
-        "SOBA's upper loss is {soba:.3f}, BO-REP's {bo_rep:.3f}, and {longer:.3f} with half as "
-        "many calls again",
+        "Layers under vmap over members with weights of their own, 8 and 32 members: "
+        "`hj.layers.conv` {conv[1]:.0f} and {conv[2]:.0f} times XLA's grouped convolution, "
+        "{depth[1]:.0f} and {depth[2]:.0f} times depthwise; a whole network of two {unit[1]:.0f} "
+        "and {unit[2]:.0f} times. For embedding, attention, GRU, LSTM and layer norm no way "
+        "gained {target} at both sizes; the best {max(max(least[k].values()) for k in "
+        "('embedding', 'attention', 'gru', 'lstm', 'layer norm')):.2f}.",
     ),
     Sentence(
         BENCHMARKS,
         "population_members",
-        {"ratio": "ratio"},
-        "{ratio:.2f} times the throughput of 256",
+        {"memory": "memory", "ratio": "ratio"},
+        "10,000 members of 1,002 parameters: {memory[0]['argument_bytes'] / 1e6:.0f} MB of states "
+        "and as much for a copy, {memory[0]['temporary_bytes'] / 1e6:.1f} to "
+        "{memory[4]['temporary_bytes'] / 1e6:.1f} MB of temporaries in chunks of "
+        "{memory[0]['chunk']} to {memory[4]['chunk']}; {ratio:.2f} times the throughput of 256 "
+        "members.",
+    ),
+    Sentence(
+        BENCHMARKS,
+        "population_speed",
+        {"of": "targets/*/ratio", "bar": "targets/*/bar"},
+        "Replicas x steps per second, perceptron, at 16, 64 and 256 replicas: {of[0]:.2f}, "
+        "{of[1]:.2f} and {of[2]:.2f} times a jitted scan ({bar[0]} was to be reached), "
+        "{of[3]:.2f}, {of[4]:.2f} and {of[5]:.2f} times vmap in a scan ({bar[3]}, {bar[4]}, "
+        "{bar[5]}), {min(of[24], of[29], of[34]):.1f} to {max(of[24], of[29], of[34]):.1f} times "
+        "a Python loop, {min(of[27], of[32], of[37]):.0f} to {max(of[27], of[32], of[37]):.0f} "
+        "times torch eager, {min(of[28], of[33], of[38]):.1f} to {max(of[28], of[33], "
+        "of[38]):.1f} times `torch.func.vmap`; alone {of[15]:.2f} times the scan.",
+    ),
+    Sentence(
+        BENCHMARKS,
+        "population_speed",
+        {"of": "targets/*/ratio", "bar": "targets/*/bar"},
+        "The same at 8 and 32 replicas: transformer {of[10]:.2f} and {of[11]:.2f}, GRU "
+        "{of[12]:.2f} and {of[13]:.2f} times the scan ({bar[10]}); convolutions {of[7]:.0f} and "
+        "{of[9]:.0f} times naive vmap ({bar[7]:.0f}), but {of[6]:.2f} and {of[8]:.2f} times a "
+        "Python loop over native ones ({bar[6]}: missed).",
+    ),
+    Sentence(
+        BENCHMARKS,
+        "kernels",
+        {
+            "copied": "ceilings/bytes_per_s",
+            "rows": "results/population",
+        },
+        "Kernels: no accelerator so far, so no kernel is on; the table is that of XLA on two "
+        "cores, where a copy moves {copied / 1e9:.0f} GB/s. With 64 networks of 26,122 parameters "
+        "a step of SGD, Adam or AdamW is faster than its arrays could be copied (they partly stay "
+        "in the cache; {min(rows[r][s]['xla_share'] for r in ('sgd', 'momentum', 'adam', 'adamw') "
+        "for s in ('network float32', 'network bfloat16')):.1f} times the floor's speed or more) "
+        "and {min(rows[r][s]['bar_s'] / rows[r][s]['xla_s'] for r in ('sgd', 'momentum', 'adam', "
+        "'adamw') for s in ('network float32', 'network bfloat16')):.2f} to "
+        "{max(rows[r][s]['bar_s'] / rows[r][s]['xla_s'] for r in ('sgd', 'momentum', 'adam', "
+        "'adamw') for s in ('network float32', 'network bfloat16')):.1f} times as fast as optax "
+        "under vmap, with clipping {rows['adamw clip']['network float32']['bar_s'] / rows['adamw "
+        "clip']['network float32']['xla_s']:.1f} and {rows['adamw clip']['network "
+        "bfloat16']['bar_s'] / rows['adamw clip']['network bfloat16']['xla_s']:.1f}: nothing to "
+        "gain. With master weights or rounding at random it runs at {rows['adamw "
+        "master']['network bfloat16']['xla_share']:.1f} and {rows['adamw stochastic']['network "
+        "bfloat16']['xla_share']:.1f} of the floor's speed, with the mean over members at "
+        "{rows['adamw converge']['network float32']['xla_share']:.1f}.",
+    ),
+    Sentence(
+        BENCHMARKS,
+        "kernels",
+        {
+            "vectors": "results/vector_update/*/2^22 float32/xla_share",
+            "gated": "results/gated_dense/forward",
+            "dense": "population_dense/*/xla_share",
+        },
+        "In the same units: the update of a solver beyond the cache {min(vectors):.2f} to "
+        "{max(vectors):.2f} in float32. Gated dense in float32, from the shape `layer` on: "
+        "{min(gated[s]['xla_share'] for s in ('layer float32', 'lstm float32', 'batch "
+        "float32')):.1f} to {max(gated[s]['xla_share'] for s in ('layer float32', 'lstm float32', "
+        "'batch float32')):.2f}, {min(gated[s]['bar_s'] / gated[s]['xla_s'] for s in ('layer "
+        "float32', 'lstm float32', 'batch float32')):.2f} to {max(gated[s]['bar_s'] / "
+        "gated[s]['xla_s'] for s in ('layer float32', 'lstm float32', 'batch float32')):.1f} "
+        "times as fast as one product of twice the width. Population dense is below 0.8 in "
+        "{sum(share < 0.8 for share in dense)} shapes of {len(dense)}: on CPU chunks are the "
+        "answer, and on an accelerator this row decides whether it gets a kernel.",
     ),
 )

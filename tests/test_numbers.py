@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
-from number_sentences import BILEVEL, SENTENCES
+from number_sentences import BENCHMARKS, BILEVEL, SENTENCES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,11 +22,20 @@ def table(monkeypatch):
 
 @pytest.mark.parametrize("sentence", SENTENCES, ids=lambda s: f"{s.page}: {s.record}")
 def test_the_sentence_has_the_numbers_of_the_record(table, sentence):
+    page = " ".join((ROOT / sentence.page).read_text().split())
+    assert told(table, sentence) in page
+
+
+def told(table, sentence):
     data = table.record(f"benchmarks/{sentence.record}")
     found = {name: table.at(data, path) for name, path in sentence.numbers.items()}
-    expected = table.compute(f"f{sentence.text!r}", found)
-    page = " ".join((ROOT / sentence.page).read_text().split())
-    assert expected in page
+    return table.compute(f"f{sentence.text!r}", found)
+
+
+def test_every_bullet_of_the_benchmarks_is_one_of_the_sentences(table):
+    bullets = (ROOT / BENCHMARKS).read_text().split("\n- ")[1:]
+    texts = [told(table, sentence) for sentence in SENTENCES if sentence.page == BENCHMARKS]
+    assert [" ".join(bullet.split()) for bullet in bullets] == texts
 
 
 def test_what_the_bilevel_page_says_of_its_table(table):
