@@ -50,6 +50,19 @@ SENTENCES = (
         {"passes": "problems/cleaning/passes_budget"},
         "this budget of {passes} passes",
     ),
+    Sentence(
+        BILEVEL,
+        "bilevel_curves",
+        {"runs": "problems/quadratic/algorithms/maid/runs/*/passes"},
+        "has taken {min(map(len, runs)) - 1} to {max(map(len, runs)) - 1} steps when the budget "
+        "ends",
+    ),
+    Sentence(
+        BILEVEL,
+        "bilevel_curves",
+        {"runs": "problems/a9a/algorithms/maid/runs/*/passes"},
+        "has hardly begun ({min(map(len, runs)) - 1} to {max(map(len, runs)) - 1} steps)",
+    ),
     # Each bullet of benchmarks/README.md, in this order and word for word.
     Sentence(
         BENCHMARKS,
