@@ -999,6 +999,7 @@ OWN = (
     "stn_overhead",
     "tune_digits",
     "unrolled",
+    "versus",
     "vmapped",
     "which_method",
 )

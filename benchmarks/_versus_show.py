@@ -105,17 +105,20 @@ def verdicts(result: dict[str, Any]) -> str:
         "share of its steps | of gradients | of seconds | a third of its steps |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    held = 0
-    for found in tasks_of(result).values():
+    held, missed = 0, []
+    for name, found in tasks_of(result).items():
         facts = compared(found)
         for i, (label, ours) in enumerate(facts["ours"].items()):
             first = (found["title"], facts["best"], number(found, facts["best"]))
             cells = [*(first if i == 0 else ("", "", "")), label, number(found, label)]
             cells += [share(ours[f"share_{name}"]) for name in AXES]
             held += i == 0 and ours["held"]
+            if i == 0 and not ours["held"]:
+                above = 100 * (ours["final"] / facts["target"] - 1)
+                missed.append(f"{name}, where {facts['best']} ends {above:.1f} % below")
             lines.append(f"| {' | '.join([*cells, verdict(ours, i)])} |")
     count = len(result["tasks"])
-    lines.append(f"\nReached by the first of ours: {held} of {count}.")
+    lines.append(f"\nReached by the first of ours: {held} of {count}. Not: {'; '.join(missed)}.")
     return "\n".join(lines) + "\n"
 
 
