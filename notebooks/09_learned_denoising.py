@@ -24,7 +24,7 @@
 #
 # | | small | `--full`, with `HYPERJAX_DATA` |
 # | --- | --- | --- |
-# | time on one core | 50 seconds | 6 minutes |
+# | time on one core | 50 seconds | some 20 minutes |
 # | images | handwritten digits, 32 x 32, for photographs | Kodak, 64 x 64 |
 # | draws of the noise | 1 | 5 |
 #
