@@ -93,12 +93,12 @@ def test_carry_goes_on_and_restart_does_not():
     p = problems.net(steps=5)
     warm = hj.hypergradient(hj.unroll(p.inner.step), p.score, p.inner.init)
     cold = hj.restart(warm)
-    twice = {}
+    twice, once = {}, None
     for name, estimator in (("warm", warm), ("cold", cold)):
         hparams, carry, split = start(p, estimator)
         call = jit(estimator.estimate)
         first, carry = call(hparams, carry, split)
-        once = carry.trained if name == "cold" else carry
+        once = carry if name == "warm" else once
         second, carry = call(hparams, carry, split)
         twice[name] = first, second, carry
     assert error(twice["cold"][0], twice["warm"][0]) == 0
