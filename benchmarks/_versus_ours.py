@@ -21,7 +21,7 @@ class Method(NamedTuple):
     """A population of tuners, or one."""
 
     label: str
-    estimator: Literal["unroll", "implicit", "none"]  # none: population based training
+    estimator: Literal["unroll", "implicit"]
     members: int
     inner: int  # training steps in an outer step
     outer: int  # outer steps in all
@@ -29,7 +29,6 @@ class Method(NamedTuple):
     every: int = 3  # outer steps between tournaments
     explore: float = 0.3  # deviation of the noise on what a member copies
     products: int = 10  # most with the Hessian in an outer step
-    spread: float | None = None  # None: members begin anywhere, else so far from the start
     whole: bool = False  # an outer step is a training from its beginning, else it goes on
 
 
@@ -89,7 +88,7 @@ def _run(problem: Problem, method: Method):
         score = lambda p, raw, b: problem.valid(p, data)
         training = hj.inner(loss, lambda raw: problem.optimizer(space.constrain(raw)))
         population = hj.population(
-            hj.tune(_estimator(method, training, loss, score), _outer(method)),
+            hj.tune(_estimator(method, training, loss, score), optax.adam(method.rate)),
             exchange.tournament(exchange.perturb(method.explore), every=method.every)
             if method.members > 1
             else exchange.isolation(),
@@ -105,8 +104,8 @@ def _run(problem: Problem, method: Method):
             batches = jax.vmap(lambda k: problem.batch(data, k))(keys)
             batches = {"key": keys, "batch": batches}  # a leaf even where a batch has none
             state, metrics = population.step(state, hj.Split(batches, None))
-            values = metrics.members.value
-            best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
+            values = jnp.where(metrics.members.finite, metrics.members.value, jnp.inf)
+            best = jnp.argmin(values)
             # A tournament leaves the best member as it is.
             params = jax.tree.map(lambda x: x[best], _params(state.members.carry))
             solves = getattr(metrics.members.info, "solve", None)
@@ -114,7 +113,6 @@ def _run(problem: Problem, method: Method):
             return state, {
                 "valid": values[best],
                 "params": params,
-                "hparams": space.ravel(metrics.members.hparams)[best],
                 "products": products,
             }
 
@@ -126,18 +124,12 @@ def _run(problem: Problem, method: Method):
 def _estimator(method: Method, training: hj.Inner, loss, score) -> hj.Estimator:
     step = lambda state, raw, b: training.step(state, raw, b["batch"])
     response = hj.unroll(step)
-    if method.estimator == "none":
-        return hj.score_only(response, score, training.init)
     if method.estimator == "unroll":
         estimator = hj.hypergradient(response, score, training.init)
         return hj.restart(estimator) if method.whole else estimator
     optimality = hj.stationary(lambda p, raw, b: loss(p, raw, b["batch"]))
     solve = linsolve.cg(maxiter=method.products, tol=1e-3)
     return hj.warm_start(hj.implicit(response, optimality, solve=solve), score, training.init)
-
-
-def _outer(method: Method) -> optax.GradientTransformation:
-    return optax.set_to_zero() if method.estimator == "none" else optax.adam(method.rate)
 
 
 def _params(carry):
@@ -148,12 +140,8 @@ def _params(carry):
 
 def _members(problem: Problem, method: Method, key: jax.Array) -> Any:
     """Raw hyperparameters [members, ...]; the first member begins at the start of the space."""
-    start, count = problem.space.init(), method.members - 1
-    if method.spread is None:
-        rest = jax.vmap(problem.space.sample)(jax.random.split(key, count))
-    else:
-        near = exchange.perturb(method.spread)
-        rest = jax.vmap(lambda k: near(k, start))(jax.random.split(key, count))
+    start = problem.space.init()
+    rest = jax.vmap(problem.space.sample)(jax.random.split(key, method.members - 1))
     return jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), start, rest)
 
 
@@ -180,8 +168,6 @@ def _gradients(problem: Problem, method: Method, products: np.ndarray) -> np.nda
     on the validation set as one per batch of its rows, the loss alone as a third of that.
     """
     batch, valid = problem.rows
-    if method.estimator == "none":
-        return products + method.inner + valid / (3 * batch)
     if method.estimator == "unroll":
         return products + 3 * method.inner + valid / batch
     return method.inner + 2 * (products + 1) + valid / batch

@@ -19,7 +19,7 @@ from _versus_tasks import Problem
 import hyperjax as hj
 
 PARTS, FACTOR = 9, 3  # of a training; of Hyperband
-BAD = 1e6  # the loss of a training that diverged
+BAD = 1e6  # to evosax, the loss of a training that was never finite
 
 
 class Found(NamedTuple):
@@ -154,19 +154,22 @@ def optuna_search(
     count = len(seeds)
     trials: list[Any] = [None] * count
     raw, part = np.zeros((count, len(names)), np.float32), np.zeros(count, np.int32)
+    least, diverged = np.full(count, np.inf), 0  # the best part of the trial that runs
     ledgers, state = [Ledger(problem) for _ in seeds], program.state
     clock = Clock()
     for _ in range(problem.trainings * PARTS):
         fresh = np.array([trial is None for trial in trials])
         for i in np.flatnonzero(fresh):
-            trials[i], part[i] = studies[i].ask(), 0
+            trials[i], part[i], least[i] = studies[i].ask(), 0, np.inf
             point = [trials[i].suggest_float(name, 1e-6, 1 - 1e-6) for name in names]
             raw[i] = np.log(point) - np.log1p(-np.asarray(point))  # the quantile of every range
         state, valid = program.advance(state, raw, fresh, part)
         valid = np.asarray(valid)
         part += 1
+        least = np.fmin(least, valid)
+        diverged += int(np.sum(~np.isfinite(valid)))
         for i, trial in enumerate(trials):
-            if _over(studies[i], trial, float(valid[i]), int(part[i])):
+            if _over(studies[i], trial, float(valid[i]), int(part[i]), float(least[i])):
                 trials[i] = None
         clock.stop()
         test = np.asarray(program.test(state.params))
@@ -177,23 +180,25 @@ def optuna_search(
     facts = {
         "wall_s": clock.wall / count,
         "settings": float(np.mean([len(study.trials) for study in studies])),
+        "diverged": diverged / count,
     }
     return [ledger.found(clock.seconds / count) for ledger in ledgers], facts
 
 
-def _over(study, trial, valid: float, part: int) -> bool:
+def _over(study, trial, valid: float, part: int, least: float) -> bool:
     """Reports one part of a training; whether that was its last.
 
-    A whole training counts as the best of its parts, a pruned one as Optuna has it: as its last.
+    A training counts as the best of its parts, also if it diverged in the end: as infinite if it
+    never was finite, which Optuna's samplers take. What becomes of a pruned one is up to them.
     """
     import optuna
 
     if not np.isfinite(valid):
-        study.tell(trial, BAD)
+        study.tell(trial, least)
         return True
     trial.report(valid, part)
     if part == PARTS:
-        study.tell(trial, min(study.trials[trial.number].intermediate_values.values()))
+        study.tell(trial, least)
         return True
     if trial.should_prune():
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
@@ -225,6 +230,7 @@ def evosax_search(
     tell = jax.jit(jax.vmap(lambda k, x, f, s: algorithm.tell(k, x, f, s, params)[0]))
     inner = jax.vmap(lambda k: algorithm.init(k, start, params))(key(0))
     ledgers, state, turn, whole = [Ledger(problem) for _ in seeds], program.state, 0, count * size
+    diverged = 0
     jax.block_until_ready(tell(key(0), *_nothing(ask, key(0), inner, size), inner))  # compiles
     clock = Clock()
     for turn in range(1, 1 + -(-problem.trainings // size)):
@@ -240,10 +246,12 @@ def evosax_search(
             for i, ledger in enumerate(ledgers):
                 ledger.enter(clock.seconds / count, valid[i], test[i])
             clock.start()
+        diverged += int(np.sum(~np.isfinite(valid)))
         scores = jnp.asarray(np.where(best < BAD, best, BAD))
         inner = jax.block_until_ready(tell(key(2 * turn + 1), raw, scores, inner))
     clock.stop()
     facts = {"wall_s": clock.wall / count, "settings": float(turn * size)}
+    facts["diverged"] = diverged / count
     return [ledger.found(clock.seconds / count) for ledger in ledgers], facts
 
 

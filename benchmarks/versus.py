@@ -65,22 +65,22 @@ def contest(name: str, problem: Problem, seeds: list[int]) -> dict[str, Any]:
     data = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(y) for y in x]), *drawn)
     methods: dict[str, dict] = {}
 
-    def enter(label: str, ours: bool, outcome: tuple[list[Found], dict], compile_s: float) -> None:
+    def enter(label: str, ours: bool, outcome: tuple[list[Found], dict], **more: float) -> None:
         runs, facts = outcome
         rows = [run.rows for run in runs]
-        methods[label] = {"ours": ours, "compile_s": compile_s, **facts, "runs": rows}
+        methods[label] = {"ours": ours, **more, **facts, "runs": rows}
         print(name, label, [round(run.rows[-1][-1], 4) for run in runs], flush=True)
 
     for method in METHODS[name]:
-        outcome = tuned(problem, method, data, seeds)
-        enter(method.label, True, outcome, outcome[1]["compile_s"])
+        enter(method.label, True, tuned(problem, method, data, seeds))
     run = program(problem, data, seeds, 1)
     for label, sampler in samplers(problem).items():
         for hyperband in (False, True):
             outcome = optuna_search(problem, run, seeds, sampler, hyperband)
-            enter(label + ", Hyperband" * hyperband, False, outcome, run.compile_s)
+            enter(label + ", Hyperband" * hyperband, False, outcome, compile_s=run.compile_s)
     run = program(problem, data, seeds, evosax_size(problem))
-    enter("CMA-ES of evosax", False, evosax_search(problem, run, seeds), run.compile_s)
+    outcome = evosax_search(problem, run, seeds)
+    enter("CMA-ES of evosax", False, outcome, compile_s=run.compile_s)
     return {
         "title": problem.title,
         "unit": problem.unit,
@@ -99,7 +99,7 @@ def contest(name: str, problem: Problem, seeds: list[int]) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     for label, facts in compared(found)["ours"].items():
-        print(found["title"], label, {k: v for k, v in facts.items() if "each" not in k})
+        print(found["title"], label, facts)
 
 
 def keep(name: str, found: dict[str, Any]) -> None:

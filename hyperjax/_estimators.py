@@ -100,7 +100,10 @@ class Restarted(NamedTuple):
 def restart(estimator: Estimator) -> Estimator:
     """`estimator` from the same carry every time: each estimate trains from the beginning.
 
-    The carry is a `Restarted`, whose `trained` is what the last estimate came to.
+    The carry is a `Restarted`, whose `trained` is what the last estimate came to. All else that an
+    estimator carries begins anew as well (the adjoint vector of `warm_start`, the derivatives of
+    `online.rtho`), but for a field `key` of the carry: an estimator that draws goes on drawing,
+    since the same noise every time would never average out.
 
     Raises TypeError unless `estimator` has the functions of an `Estimator`.
     """
@@ -112,7 +115,10 @@ def restart(estimator: Estimator) -> Estimator:
 
     def estimate(hparams: HParams, carry: Restarted, split: Split) -> tuple[Estimate, Restarted]:
         result, trained = estimator.estimate(hparams, carry.start, split)
-        return result, Restarted(carry.start, trained)
+        start = carry.start
+        if "key" in getattr(start, "_fields", ()):
+            start = start._replace(key=trained.key)
+        return result, Restarted(start, trained)
 
     return Estimator(init, estimate)
 

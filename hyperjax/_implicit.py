@@ -145,8 +145,9 @@ def implicit(
         of A (for a convex training loss and an l2 penalty beside it, the weight of the penalty).
         With it, `AdjointInfo.bound` is computed, at the price of some fifty products with second
         derivatives. It is to first order in the distance from the solution: where `stationarity`
-        is large it may be far too small. Of the three norms in it each is too small with a chance
-        of 1e-3. Refused for `proximal`, since a kink on the way to the solution voids it.
+        is large it may be far too small. It contains three estimated norms, each of which comes out
+        too small with a probability of 1e-3. Refused for `proximal`, since a kink on the way to the
+        solution voids it.
 
     The value is whatever `response` returns. Away from a stationary point the derivative is not
     that of the value: look at `Estimate.info`, an `AdjointInfo`, before trusting it. The carry

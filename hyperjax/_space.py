@@ -192,6 +192,10 @@ class Space:
 def space(ranges: PyTree) -> Space:
     """A space from any pytree of ranges.
 
+    Ranges are `loguniform`, `uniform`, `positive`, `real`, `integers` and `choice`. Optimizers see
+    their raw values, losses what `constrain` makes of them. The raw value of a `uniform` or
+    `loguniform` one is a logit: 0 is the middle, of the logarithm for the latter.
+
     >>> import hyperjax as hj
     >>> s = hj.space({"lr": hj.loguniform(1e-4, 1.0, init=0.1), "momentum": hj.uniform(0.0, 0.99)})
     >>> round(float(s.constrain(s.init())["lr"]), 4)

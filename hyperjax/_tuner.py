@@ -44,8 +44,10 @@ class Metrics(NamedTuple):
 def tune(estimator: Estimator, optimizer: optax.GradientTransformation) -> Tuner:
     """A tuner that takes one step of `optimizer` per estimate.
 
-    `init(params, hparams) -> TunerState`; `step(state, split) -> (TunerState, Metrics)`. A
-    hypergradient or score that is not finite moves nothing and is reported in `Metrics.finite`.
+    `init(params, hparams) -> TunerState`; `step(state, split) -> (TunerState, Metrics)`. Where the
+    hypergradient or the score is not finite, hparams and the optimizer's state stay, and
+    `Metrics.finite` is False. The carry goes on, so that params that are NaN remain so: `restart`
+    begins anew, and exchange rules replace such a member.
 
     Raises TypeError if a leaf of hparams is not floating point.
     """

@@ -15,7 +15,8 @@ def lineage(parents: ArrayLike, member: ArrayLike) -> jax.Array:
     that a slot holds after the exchange of step t trained during step t in the slot
     `parents[t, slot]`, where it had arrived by the exchange of step t - 1. Hence
     `jax.tree.map(lambda v: v[jnp.arange(T), lineage(parents, member)], metrics.members.hparams)`
-    is the schedule that shaped the final member, which `replay` trains along.
+    is the schedule that shaped the final member, which `replay` trains along. Where params are
+    means over members (`hdet`), no single schedule did.
 
     Args:
       parents: [T, P] integers, `metrics.events.parents` of a run.

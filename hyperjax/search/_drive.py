@@ -34,10 +34,13 @@ def drive(
     `evaluate(key, points [N, D]) -> scores [N]`, typically a vmapped training of N replicas from
     `Space.from_unit(points)`, has a key of its own in every round. A score that is not finite is a
     failure: it is never the best, and counted. Inside shard_map scores may differ between devices
-    if the keys do. With `has_aux` it returns (scores, aux), of which the search sees the scores
-    and `Trials.aux` keeps all the rest, test scores for example.
+    if the keys do.
 
-    Raises ValueError for fewer than one round, and for scores of another shape than [N].
+    With `has_aux`, `evaluate` returns (scores, aux), aux any pytree of arrays, test scores for
+    example: the search sees the scores alone, and `Trials.aux` is aux of all rounds, [rounds, ...].
+
+    Raises ValueError for fewer than one round, and for scores of another shape than [N]; TypeError
+    with `has_aux` if `evaluate` returns no such pair.
     """
     _check(search, evaluate, rounds, "drive")
     start, run = jax.random.split(key)
@@ -59,7 +62,8 @@ def drive_on_host(
 
     `evaluate` is called from Python with arrays of numbers: wrap it in `jax.jit`. A pure search
     gives the trials that `drive` gives. `points` of the result are in JAX's default floating type;
-    the search is told those it proposed.
+    the search is told those it proposed. `has_aux` as in `drive`; aux comes to the host after every
+    round.
     """
     _check(search, evaluate, rounds, "drive_on_host")
     start, run = jax.random.split(key)
