@@ -172,7 +172,7 @@ def _line(row: Row, short: bool) -> str:
     word, missed = verdict(row, found)
     held = [words for words in row.holds if words not in missed]
     if short:
-        told = f"**{word}**" + (f"; missed: {', '.join(missed)}" if missed else "")
+        told = f"**{word}**" + (f"; missed: {', '.join(missed)}" if missed else "") + _of(row.paper)
         cells = [_linked(row.paper), row.claim, row.theirs, f"{shown(row, found)} ({row.setting})"]
         return f"| {' | '.join([*cells, told])} |"
     told = f"**{word}**."
@@ -181,6 +181,15 @@ def _line(row: Row, short: bool) -> str:
     ours = f"{shown(row, found)}. {row.setting[0].upper()}{row.setting[1:]}"
     cells = [_linked(row.paper), row.claim, row.theirs, ours, told, f"`{command(row)}`"]
     return f"| {' | '.join(cells)} |"
+
+
+def _of(paper: str) -> str:
+    """How the other rows of this paper ended, so that no single one stands for it."""
+    found = [verdict(row, numbers(row))[0] for row in ROWS if row.paper == paper]
+    if len(found) == 1:
+        return ""
+    ends = [f"{found.count(word)} {word}" for word in ("reproduced", "partly", "not")]
+    return f"; its {len(found)} rows: {', '.join(e for e in ends if not e.startswith('0'))}"
 
 
 def _linked(paper: str) -> str:
