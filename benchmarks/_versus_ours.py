@@ -95,8 +95,7 @@ def _run(problem: Problem, method: Method):
         )
         seed, explore = jax.random.split(jax.random.fold_in(key, 1))
         raw = _members(problem, method, seed)
-        params = problem.init(first)
-        params = jax.tree.map(lambda x: jnp.broadcast_to(x, (method.members, *x.shape)), params)
+        params = hj.copies(problem.init(first), method.members)
 
         def one(state, i):
             steps = (0 if method.whole else i * method.inner) + jnp.arange(method.inner)
@@ -110,11 +109,7 @@ def _run(problem: Problem, method: Method):
             params = jax.tree.map(lambda x: x[best], _params(state.members.carry))
             solves = getattr(metrics.members.info, "solve", None)
             products = jnp.zeros(()) if solves is None else jnp.mean(solves.iterations)
-            return state, {
-                "valid": values[best],
-                "params": params,
-                "products": products,
-            }
+            return state, {"valid": values[best], "params": params, "products": products}
 
         return jax.lax.scan(one, population.init(explore, params, raw), jnp.arange(method.outer))[1]
 
