@@ -111,7 +111,7 @@ for i, (rule, colour) in enumerate(zip(rules, (GREY, BLUE, RED), strict=True)):
         right.errorbar(place, row["mean"], error, color="k", capsize=3)
 right.set(xticks=(1, 5), xticklabels=("4 members", "8 members"), ylim=(0, 46))
 right.set(ylabel="total reward, at most 40 (mean, 2 s.e.)")
-right.set_title("PB2 on a drifting optimum, 24 seeds, on record")
+right.set_title("A drifting optimum, 24 seeds, on record")
 _ = right.legend(ncols=3, loc="upper left", fontsize=9)
 
 # %% [markdown]
